@@ -1,0 +1,41 @@
+"""Faster, smaller Hugging Face fine-tuning. Importing this changes nothing in transformers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from barqtrain_hf.callbacks import BarqKernelsCallback
+    from barqtrain_hf.config import BarqConfig, BarqTrainingArguments
+    from barqtrain_hf.patching import patch_model, unpatch_model
+    from barqtrain_hf.trainer import BarqTrainer
+
+__version__ = "0.1.0"
+__all__ = [
+    "BarqConfig",
+    "BarqKernelsCallback",
+    "BarqTrainer",
+    "BarqTrainingArguments",
+    "patch_model",
+    "unpatch_model",
+]
+
+_HOME = {
+    "BarqConfig": "barqtrain_hf.config",
+    "BarqKernelsCallback": "barqtrain_hf.callbacks",
+    "BarqTrainer": "barqtrain_hf.trainer",
+    "BarqTrainingArguments": "barqtrain_hf.config",
+    "patch_model": "barqtrain_hf.patching",
+    "unpatch_model": "barqtrain_hf.patching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'barqtrain_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

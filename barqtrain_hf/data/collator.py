@@ -1,0 +1,95 @@
+"""From rows to the one batch layout that keeps documents apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from barqtrain_hf.data.packing import positive_int
+from barqtrain_hf.data.rows import IGNORE_INDEX, join, read_row
+from barqtrain_hf.errors import ArgumentError, DataError
+
+
+@dataclass
+class BarqDataCollator:
+    """Lays all documents of a batch end to end in one row.
+
+    Attention stays within a document: transformers finds the documents in ``position_ids`` for
+    sdpa, eager and flex attention, and in ``cu_seq_lens_*`` for FlashAttention.
+
+    Args:
+        pad_to_multiple_of: lengthens the row to a multiple of this by one more document, without
+            labels, at its end.
+        pad_token_id: what that document is made of.
+
+    Raises:
+        ArgumentError: ``pad_to_multiple_of`` is not positive or ``pad_token_id`` is negative.
+        ArgumentTypeError: ``pad_to_multiple_of`` is not an integer.
+    """
+
+    pad_to_multiple_of: int | None = None
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pad_to_multiple_of is not None:
+            positive_int("pad_to_multiple_of", self.pad_to_multiple_of)
+        if self.pad_token_id < 0:
+            raise ArgumentError(
+                f"pad_token_id is {self.pad_token_id}: pass a token of the vocabulary."
+            )
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collates rows of a `PackedDataset`, plain documents, or both.
+
+        Args:
+            features: each has ``input_ids`` and ``labels``. ``attention_mask`` may mark padding at
+                the ends, which is cut off; ``seq_lengths`` or else restarting ``position_ids`` mark
+                documents within a feature; without them a feature is one document.
+
+        Returns:
+            ``input_ids``, ``labels`` and ``position_ids``, int64 of shape ``[1, T]``;
+            ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32 of shape ``[documents + 1]``;
+            ``max_length_q`` and ``max_length_k``, ints; ``use_cache``, False. The first label of
+            each document is -100 and its positions start at 0.
+
+        Raises:
+            DataError: there are no tokens, or a feature lacks labels or does not add up.
+        """
+        if not features:
+            raise DataError("features is empty: a batch needs at least one row.")
+        rows = [read_row(feature, "features", index) for index, feature in enumerate(features)]
+        input_ids, labels, lengths = join(rows)
+        total = len(input_ids)
+        if not total:
+            raise DataError(f"features has {len(rows)} rows without tokens: leave empty rows out.")
+
+        lengths = lengths[lengths > 0]
+        padding = -total % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
+        if padding:
+            # One document, with positions that go up: a repeated 0 would start one per token.
+            lengths = np.append(lengths, padding)
+            input_ids = np.append(input_ids, np.full(padding, self.pad_token_id))
+            labels = np.append(labels, np.full(padding, IGNORE_INDEX))
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        labels[begins] = IGNORE_INDEX  # nothing of this document predicts its first token
+        positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
+
+        boundaries = torch.from_numpy(np.append(0, ends).astype(np.int32))
+        longest = int(lengths.max())
+        return {
+            "input_ids": torch.from_numpy(input_ids)[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            # transformers looks for documents in position_ids only if no KV cache is made, and
+            # config.use_cache is True by default: documents would attend to each other, unsaid.
+            "use_cache": False,
+        }

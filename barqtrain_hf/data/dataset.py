@@ -1,0 +1,288 @@
+"""A data set whose items are packed rows."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from barqtrain_hf.data.packing import plan_rows, positive_int
+from barqtrain_hf.data.rows import IGNORE_INDEX, ROW_KEYS, Row, join, read_row
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
+
+logger = logging.getLogger(__name__)
+
+Overflow = Literal["error", "split", "truncate", "drop"]
+
+# Enough to hide the cost of a read, few enough that their int64 copy stays small beside the store.
+_ROWS_PER_READ = 10_000
+
+
+class SizedRows(Protocol):
+    """What `PackedDataset` reads: a list of dicts, a torch or Hugging Face data set."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Documents packed into rows of at most ``max_length`` tokens; map-style, one item per row.
+
+    All tokens are read once, into two flat int32 arrays. The rows are a pure function of the
+    document lengths, ``max_length`` and ``seed``.
+
+    Args:
+        dataset: sized and indexable; rows are dicts with ``input_ids`` and ``labels`` (lists,
+            tensors or arrays, equally long). ``attention_mask``, ``seq_lengths`` and
+            ``position_ids`` are honoured as `BarqDataCollator` honours them. A
+            ``datasets.Dataset`` is read by column, without making Python lists.
+        max_length: tokens a row can hold.
+        overflow: what happens to a document longer than that. ``"error"`` refuses it; ``"split"``
+            cuts it into documents of ``max_length`` tokens, each of which loses the label of its
+            first token; ``"truncate"`` keeps its start; ``"drop"`` leaves it out.
+        seed: shuffles the rows. Packing makes rows of long documents first, which would be a
+            curriculum under a sequential sampler.
+
+    Attributes:
+        num_documents: documents in the rows; a split document counts once.
+        num_tokens: tokens in the rows.
+        split_documents: documents cut into several.
+        truncated_tokens: tokens cut off by ``"truncate"``.
+        dropped_documents: documents left out by ``"drop"``, or for having no tokens.
+        dropped_tokens: tokens in them.
+        fill: share of the rows' capacity that holds tokens.
+        lengths: tokens of each row, int64, shape ``[len(self)]``.
+
+    Raises:
+        DataError: ``dataset`` is empty or unlabelled, a row is malformed, an id is out of range, or
+            a document is too long and ``overflow`` is ``"error"``.
+        ArgumentError: ``max_length``, ``overflow`` or ``seed`` has an impossible value.
+        ArgumentTypeError: ``dataset`` has no length, or ``max_length`` is not an integer.
+    """
+
+    def __init__(
+        self,
+        dataset: SizedRows,
+        max_length: int,
+        *,
+        overflow: Overflow = "error",
+        seed: int = 0,
+    ) -> None:
+        self.max_length = positive_int("max_length", max_length)
+        if overflow not in get_args(Overflow):
+            raise ArgumentError(
+                f"overflow is {overflow!r}: choose one of {', '.join(get_args(Overflow))}."
+            )
+        if seed < 0:
+            raise ArgumentError(f"seed is {seed}: pass zero or a positive integer.")
+
+        self._input_ids, self._labels, lengths = _read_tokens(dataset)
+        fitted = _fit(lengths, self.max_length, overflow)
+        self._starts, self._lengths = fitted.starts, fitted.lengths
+        self.num_documents = fitted.num_documents
+        self.num_tokens = int(self._lengths.sum())
+        self.split_documents = fitted.split_documents
+        self.truncated_tokens = fitted.truncated_tokens
+        self.dropped_documents = fitted.dropped_documents
+        self.dropped_tokens = fitted.dropped_tokens
+        if not self.num_documents:
+            raise DataError(
+                f"dataset has {len(lengths)} documents and none is left to train on "
+                f"({self.dropped_documents} dropped): pass documents of 1 to "
+                f"max_length={self.max_length} tokens, or overflow='split'."
+            )
+
+        self._order, self._offsets = plan_rows(self._lengths, self.max_length)
+        rows = len(self._offsets) - 1
+        # Raw generator output is the part of numpy.random that is promised never to change.
+        self._shuffled = np.argsort(np.random.PCG64(seed).random_raw(rows), kind="stable")
+        tokens = np.add.reduceat(self._lengths[self._order], self._offsets[:-1])
+        self.lengths: npt.NDArray[np.int64] = tokens[self._shuffled]
+        self.fill = self.num_tokens / (rows * self.max_length)
+
+        lost = self.split_documents or self.truncated_tokens or self.dropped_documents
+        logger.log(logging.WARNING if lost else logging.INFO, "%s", self.summary())
+
+    def summary(self) -> str:
+        """One line: what was packed, how full the rows are, and what was lost."""
+        line = (
+            f"Packed {self.num_documents:,} documents ({self.num_tokens:,} tokens) into "
+            f"{len(self):,} rows of {self.max_length:,}, {self.fill:.2%} full"
+        )
+        losses = [
+            f"{self.split_documents:,} documents split" if self.split_documents else "",
+            f"{self.truncated_tokens:,} tokens truncated" if self.truncated_tokens else "",
+            f"{self.dropped_documents:,} documents ({self.dropped_tokens:,} tokens) dropped"
+            if self.dropped_documents
+            else "",
+        ]
+        return "; ".join([line, *filter(None, losses)]) + "."
+
+    def __len__(self) -> int:
+        return len(self._shuffled)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, torch.Tensor]:
+        """The packed row: int64 tensors, ready for `BarqDataCollator`.
+
+        Returns:
+            ``input_ids``, ``labels`` and ``position_ids`` of shape ``[T]``, ``T <= max_length``,
+            and ``seq_lengths`` of shape ``[documents]``. Positions restart with each document,
+            whose first label is -100.
+        """
+        row = operator.index(index)
+        if row < 0:
+            row += len(self)
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {index} of a PackedDataset with {len(self)} rows")
+        row = self._shuffled[row]
+        documents = self._order[self._offsets[row] : self._offsets[row + 1]]
+        lengths = self._lengths[documents]
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
+        source = np.repeat(self._starts[documents], lengths) + positions
+        labels = self._labels[source].astype(np.int64)
+        labels[begins] = IGNORE_INDEX
+        return {
+            "input_ids": torch.from_numpy(self._input_ids[source].astype(np.int64)),
+            "labels": torch.from_numpy(labels),
+            # They too say where documents begin: Trainer takes what is no argument of the model,
+            # such as seq_lengths, out of each row before it collates.
+            "position_ids": torch.from_numpy(positions),
+            "seq_lengths": torch.from_numpy(lengths),
+        }
+
+
+class _Fitted(NamedTuple):
+    starts: npt.NDArray[np.int64]  # [documents or fragments], into the flat token arrays
+    lengths: npt.NDArray[np.int64]  # [documents or fragments], 1..max_length
+    num_documents: int
+    split_documents: int = 0
+    truncated_tokens: int = 0
+    dropped_documents: int = 0
+    dropped_tokens: int = 0
+
+
+def _fit(lengths: npt.NDArray[np.int64], max_length: int, overflow: Overflow) -> _Fitted:
+    """Makes every document 1 to ``max_length`` tokens long, and counts what that costs."""
+    num_long = int((lengths > max_length).sum())
+    if num_long and overflow == "error":
+        raise DataError(
+            f"dataset has {num_long} documents longer than max_length={max_length}; the longest, "
+            f"document {lengths.argmax()}, has {lengths.max()} tokens: pass overflow='split', "
+            "'truncate' or 'drop', or raise max_length."
+        )
+    starts = np.cumsum(lengths) - lengths
+    empty = int((lengths == 0).sum())
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    fitted = _Fitted(starts, lengths, len(lengths), dropped_documents=empty)
+    if not num_long:
+        return fitted
+    long = lengths > max_length
+    if overflow == "drop":
+        return fitted._replace(
+            starts=starts[~long],
+            lengths=lengths[~long],
+            num_documents=len(lengths) - num_long,
+            dropped_documents=empty + num_long,
+            dropped_tokens=int(lengths[long].sum()),
+        )
+    if overflow == "truncate":
+        return fitted._replace(
+            lengths=np.minimum(lengths, max_length),
+            truncated_tokens=int((lengths[long] - max_length).sum()),
+        )
+    pieces = -(-lengths // max_length)
+    first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
+    skipped = (np.arange(len(first_piece)) - first_piece) * max_length
+    return fitted._replace(
+        starts=np.repeat(starts, pieces) + skipped,
+        lengths=np.minimum(np.repeat(lengths, pieces) - skipped, max_length),
+        split_documents=num_long,
+    )
+
+
+def _read_tokens(
+    dataset: Any,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """All tokens, labels and document lengths of ``dataset``."""
+    try:
+        num_rows = len(dataset)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"dataset is a {type(dataset).__name__}, which has no length: PackedDataset plans all "
+            "rows ahead, so pass a list or a map-style data set."
+        ) from None
+    if not num_rows:
+        raise DataError("dataset is empty: pass at least one document.")
+    input_ids, labels, lengths = [], [], []
+    for first in range(0, num_rows, _ROWS_PER_READ):
+        indices = range(first, min(first + _ROWS_PER_READ, num_rows))
+        # Rows made by a transform exist only when they are asked for one by one.
+        if hasattr(dataset, "with_format") and dataset.format["type"] != "custom":
+            chunk = _read_columns(dataset, indices)
+        else:
+            chunk = _read_rows(dataset, indices)
+        input_ids.append(_int32(chunk.input_ids, "input_ids", chunk.input_ids < 0))
+        no_label = (chunk.labels < 0) & (chunk.labels != IGNORE_INDEX)
+        labels.append(_int32(chunk.labels, "labels", no_label))
+        lengths.append(chunk.lengths)
+    return np.concatenate(input_ids), np.concatenate(labels), np.concatenate(lengths)
+
+
+def _int32(
+    values: npt.NDArray[np.integer], name: str, refused: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int32]:
+    refused = refused | (values > np.iinfo(np.int32).max)
+    if refused.any():
+        raise DataError(
+            f"dataset has {values[refused][0]} among its {name}: ids are zero to 2**31 - 1, and "
+            f"a label without loss is {IGNORE_INDEX}."
+        )
+    return values.astype(np.int32)
+
+
+def _read_rows(dataset: SizedRows, indices: range) -> Row:
+    return join([read_row(dataset[index], "dataset", index) for index in indices])
+
+
+def _read_columns(dataset: Any, indices: range) -> Row:
+    """`_read_rows` for a ``datasets.Dataset``, by Arrow column and without Python lists."""
+    table = dataset.with_format("arrow")[indices.start : indices.stop]
+    columns = {key: _flat_column(table[key]) for key in ROW_KEYS if key in table.column_names}
+    if not columns.keys() >= {"input_ids", "labels"} or None in columns.values():
+        return _read_rows(dataset, indices)  # which names the row at fault
+    flat = {key: column[0] for key, column in columns.items() if column}
+    lengths = {key: column[1] for key, column in columns.items() if column}
+    mask = flat.get("attention_mask")
+    if (
+        not columns.keys() & {"seq_lengths", "position_ids"}
+        and np.array_equal(lengths["input_ids"], lengths["labels"])
+        and (mask is None or (len(mask) == len(flat["labels"]) and (mask == 1).all()))
+    ):
+        return Row(flat["input_ids"], flat["labels"], lengths["input_ids"])
+    split = {key: np.split(flat[key], np.cumsum(lengths[key])[:-1]) for key in columns}
+    return join(
+        [
+            read_row({key: split[key][at] for key in columns}, "dataset", index)
+            for at, index in enumerate(indices)
+        ]
+    )
+
+
+def _flat_column(column: Any) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.int64]] | None:
+    """Items and row lengths of an Arrow column of integer lists; None for any other column."""
+    lists = column.combine_chunks()
+    if not hasattr(lists, "value_lengths") or lists.null_count:
+        return None
+    items = lists.flatten()
+    if items.null_count:
+        return None
+    values = items.to_numpy(zero_copy_only=False)
+    if values.dtype.kind not in "iub":
+        return None
+    return values, lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)

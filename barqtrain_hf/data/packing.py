@@ -1,0 +1,78 @@
+"""Which documents share a row."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+
+from barqtrain_hf import _rust
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
+
+Lengths = Sequence[int] | npt.NDArray[np.integer]
+
+
+class RowPlan(NamedTuple):
+    """Row ``r`` holds the documents ``order[offsets[r]:offsets[r + 1]]``."""
+
+    order: npt.NDArray[np.uint32]  # [documents]
+    offsets: npt.NDArray[np.int64]  # [rows + 1]
+
+
+def pack_sequences(lengths: Lengths, max_length: int) -> list[npt.NDArray[np.int64]]:
+    """Packs documents into as few rows as best-fit-decreasing finds.
+
+    The result depends on the arguments alone. One million documents plan in about 20 ms.
+
+    Args:
+        lengths: tokens per document, integers in ``1..max_length``, shape ``[documents]``.
+        max_length: tokens a row can hold.
+
+    Returns:
+        One int64 array of document indices per row; together they name each document once. Rows
+        with long documents come first.
+
+    Raises:
+        DataError: a length is not an integer, is zero or negative, or exceeds ``max_length``.
+        ArgumentError: ``max_length`` is not positive.
+        ArgumentTypeError: ``max_length`` is not an integer.
+    """
+    plan = plan_rows(lengths, max_length)
+    order = plan.order.astype(np.int64)
+    offsets = plan.offsets.tolist()
+    return [order[begin:end] for begin, end in pairwise(offsets)]
+
+
+def plan_rows(lengths: Lengths, max_length: int) -> RowPlan:
+    """`pack_sequences` without the list: two arrays, however many rows there are."""
+    max_length = positive_int("max_length", max_length)
+    array = np.asarray(lengths)
+    if array.ndim != 1:
+        raise DataError(f"lengths has shape {array.shape}: pass one length per document.")
+    if array.size and array.dtype.kind not in "iu":
+        raise DataError(f"lengths holds {array.dtype}: pass integers, the tokens per document.")
+    try:
+        order, offsets = _rust.pack_sequences(
+            np.ascontiguousarray(array, dtype=np.int64), max_length
+        )
+    except ValueError as error:
+        # The core's sentence names the argument, the value and the fix already.
+        raise DataError(str(error)) from None
+    return RowPlan(order, offsets.astype(np.int64))
+
+
+def positive_int(name: str, value: SupportsIndex) -> int:
+    """``value`` as an int above zero, or an error that names the argument."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{name} is {value!r} ({type(value).__name__}): pass a positive integer."
+        ) from None
+    if number <= 0:
+        raise ArgumentError(f"{name} is {number}: pass a positive integer.")
+    return number

@@ -1,0 +1,133 @@
+"""One row of somebody's data set, checked and turned into arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from barqtrain_hf.errors import DataError
+
+IGNORE_INDEX = -100
+"""Label of a token without loss, in transformers and torch alike."""
+
+ROW_KEYS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids")
+"""All that is ever read of a row."""
+
+
+class Row(NamedTuple):
+    """Tokens of any number of documents, back to back."""
+
+    input_ids: npt.NDArray[np.integer]  # [T]
+    labels: npt.NDArray[np.integer]  # [T]
+    lengths: npt.NDArray[np.int64]  # [documents], zero or more each, sums to T
+
+
+def read_row(row: Mapping[str, Any], source: str, index: int) -> Row:
+    """Reads a document, or a row of several, from lists, tensors or arrays.
+
+    Padding (``attention_mask`` 0) is cut off. Document boundaries come from ``seq_lengths``;
+    failing that, from where ``position_ids`` do not go up by one, which is how transformers finds
+    them; failing both, the row is one document.
+
+    Args:
+        row: has ``input_ids`` and ``labels``, and optionally ``attention_mask``, ``seq_lengths``
+            and ``position_ids``.
+        source: what ``row`` is an item of, for messages.
+        index: its place there, for messages.
+
+    Raises:
+        DataError: something is missing, is not a flat list of integers, or does not add up.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{source}[{index}] is a {type(row).__name__}: pass dicts with input_ids and labels."
+        )
+    input_ids = _integers(row, "input_ids", source, index)
+    labels = _integers(row, "labels", source, index)
+    _same_length(input_ids, labels, "labels", source, index)
+    positions = None
+    if row.get("seq_lengths") is None and row.get("position_ids") is not None:
+        positions = _integers(row, "position_ids", source, index)
+        _same_length(input_ids, positions, "position_ids", source, index)
+
+    if row.get("attention_mask") is not None:
+        mask = _integers(row, "attention_mask", source, index)
+        _same_length(input_ids, mask, "attention_mask", source, index)
+        kept = _without_padding(mask, source, index)
+        input_ids, labels = input_ids[kept], labels[kept]
+        positions = positions if positions is None else positions[kept]
+
+    total = len(input_ids)
+    if row.get("seq_lengths") is not None:
+        lengths = _integers(row, "seq_lengths", source, index).astype(np.int64)
+        if (lengths < 0).any() or lengths.sum() != total:
+            raise DataError(
+                f"{source}[{index}] has seq_lengths adding up to {lengths.sum()} for {total} "
+                "tokens: list the length of each document in the row."
+            )
+    elif positions is not None:
+        starts = np.flatnonzero(np.diff(positions) != 1) + 1
+        lengths = np.diff(starts, prepend=0, append=total)
+    else:
+        lengths = np.array([total])
+    return Row(input_ids, labels, lengths)
+
+
+def join(rows: Sequence[Row]) -> Row:
+    """All documents of ``rows``, as int64."""
+    input_ids, labels, lengths = (
+        # Named, because NumPy makes floats of int64 and uint64 together.
+        np.concatenate(arrays, dtype=np.int64, casting="same_kind")
+        for arrays in zip(*rows, strict=True)
+    )
+    return Row(input_ids, labels, lengths)
+
+
+def _integers(row: Mapping[str, Any], key: str, source: str, index: int) -> npt.NDArray[np.integer]:
+    values = row.get(key)
+    if values is None:
+        fix = (
+            "add labels, equal to input_ids for a loss on every token, -100 where there is none."
+            if key == "labels"
+            else "tokenize the text first."
+        )
+        raise DataError(f"{source}[{index}] has no {key}: {fix}")
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
+        raise DataError(
+            f"{source}[{index}] has {key} of shape {array.shape} and dtype {array.dtype}: "
+            "pass a flat list of integers."
+        )
+    # An empty list has no dtype of its own and would come out as float.
+    return array if array.size else array.astype(np.int64)
+
+
+def _same_length(
+    input_ids: npt.NDArray[np.integer],
+    other: npt.NDArray[np.integer],
+    key: str,
+    source: str,
+    index: int,
+) -> None:
+    if len(other) != len(input_ids):
+        raise DataError(
+            f"{source}[{index}] has {len(other)} {key} for {len(input_ids)} input_ids: "
+            "pass one per token."
+        )
+
+
+def _without_padding(mask: npt.NDArray[np.integer], source: str, index: int) -> slice:
+    kept = np.flatnonzero(mask)
+    if not len(kept):
+        return slice(0, 0)
+    inner = slice(int(kept[0]), int(kept[-1]) + 1)
+    # A hole, or a numbered mask, means something other than padding; cutting would change it.
+    if not (mask[inner] == 1).all():
+        raise DataError(
+            f"{source}[{index}] has an attention_mask that is not ones with padding at the ends: "
+            "mark documents within a row by seq_lengths."
+        )
+    return inner
