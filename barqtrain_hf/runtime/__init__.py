@@ -1,0 +1,6 @@
+"""The only code that knows CuPy: compiles `cuda/*.cu` at run time and launches it on torch's stream."""
+
+from barqtrain_hf.runtime.device import cuda_unavailable_reason, peak_flops, sm_count
+from barqtrain_hf.runtime.launch import Kernel
+
+__all__ = ["Kernel", "cuda_unavailable_reason", "peak_flops", "sm_count"]

@@ -1,0 +1,185 @@
+"""Typed kernel launch on torch's current stream.
+
+The hot path packs the arguments into one preallocated buffer and calls the driver's launch through
+CuPy with torch's raw stream handle: no Stream object, NumPy scalar or pointer wrapper is made per
+launch. `python -m barqtrain_hf.benchmarks launch` measures it beside `cupy.cuda.Function`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from barqtrain_hf.runtime.compiler import cubin_for, instantiations
+from barqtrain_hf.runtime.device import architecture, cuda_unavailable_reason
+
+# Each parameter has an 8-byte slot of the buffer, so slot i is at 8 * i whatever its type.
+_SCALARS: dict[str, tuple[str, type]] = {
+    "int32": ("i4x", int),
+    "int64": ("q", int),
+    "float32": ("f4x", float),
+}
+
+
+class _Arguments(threading.local):
+    """The argument buffer of one kernel in one thread: autograd launches from its own threads."""
+
+    def __init__(self, count: int) -> None:
+        self.values = ctypes.create_string_buffer(8 * count)
+        start = ctypes.addressof(self.values)
+        self.pointers = (ctypes.c_void_p * count)(*(start + 8 * i for i in range(count)))
+        self.address = ctypes.addressof(self.pointers)
+
+
+class Kernel:
+    """One instantiation of a shipped CUDA kernel, compiled on first use per device.
+
+    Args:
+        source: file in ``cuda/``.
+        name: instantiated name as NVRTC knows it; must be among the source's ``// instantiate:``
+            lines, so that CI has compiled it for every architecture.
+        parameters: name to type, in the kernel's order. A ``torch.dtype`` is a pointer to a
+            contiguous CUDA tensor of that dtype; ``"int32"``, ``"int64"`` and ``"float32"`` are
+            Python numbers.
+
+    Raises:
+        ArgumentError: the source does not offer ``name``.
+    """
+
+    def __init__(self, source: str, name: str, parameters: Mapping[str, torch.dtype | str]) -> None:
+        name = "".join(name.split())
+        if name not in instantiations(source):
+            raise ArgumentError(f"name={name!r} is not instantiated in cuda/{source}.")
+        self.source, self.name = source, name
+        self._parameters = tuple(parameters.items())
+        self._count = len(parameters)
+        kinds = list(enumerate(parameters.values()))
+        self._tensors = [(i, kind) for i, kind in kinds if isinstance(kind, torch.dtype)]
+        self._numbers = [(i, _SCALARS[kind][1]) for i, kind in kinds if isinstance(kind, str)]
+        codes = (_SCALARS[t][0] if isinstance(t, str) else "Q" for t in parameters.values())
+        self._pack_into = struct.Struct("<" + "".join(codes)).pack_into
+        self._arguments = _Arguments(self._count)
+        self._functions: dict[int, tuple[int, int]] = {}
+        self._driver: Any = None  # CuPy's module, imported on first use
+        self._modules: list[Any] = []  # a CuPy module unloads its code when it is collected
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], *values: Any
+    ) -> None:
+        """Launches on the current stream of the tensors' device. ``grid`` must not be empty.
+
+        Raises:
+            ArgumentError: wrong number of arguments, a tensor on another device, not contiguous.
+            ArgumentTypeError: an argument of the wrong type or dtype.
+            UnsupportedError: kernels cannot run here; the message says why.
+        """
+        packed = list(values)
+        device = -1
+        try:
+            device = values[self._tensors[0][0]].get_device()
+            good = device >= 0 and len(values) == self._count
+            for i, dtype in self._tensors:
+                tensor = values[i]
+                good = (
+                    good
+                    and tensor.dtype is dtype
+                    and tensor.get_device() == device
+                    and tensor.is_contiguous()
+                )
+                packed[i] = tensor.data_ptr()
+            for i, number in self._numbers:
+                good = good and type(values[i]) is number
+        except (AttributeError, IndexError):
+            good = False
+        if not good:
+            raise self._mistake(values)
+        function, context = self._functions.get(device) or self._load(device)
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self._launch(function, context, device, grid, block, packed)
+        else:
+            self._launch(function, context, device, grid, block, packed)
+
+    def _launch(
+        self,
+        function: int,
+        context: int,
+        device: int,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        packed: list[Any],
+    ) -> None:
+        driver = self._driver
+        if driver.ctxGetCurrent() != context:
+            # A thread that has made no CUDA call yet, such as autograd's: torch binds it lazily.
+            driver.ctxSetCurrent(context)
+        arguments = self._arguments
+        try:
+            self._pack_into(arguments.values, 0, *packed)
+        except struct.error as error:
+            raise ArgumentError(f"{self.name}: an integer argument is too large: {error}") from None
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        driver.launchKernel(function, *grid, *block, 0, stream, arguments.address, 0)
+
+    def _mistake(self, values: tuple[Any, ...]) -> ArgumentError | ArgumentTypeError:
+        """The error for arguments that failed the check in `__call__`."""
+        if len(values) != self._count:
+            names = ", ".join(name for name, _ in self._parameters)
+            return ArgumentError(
+                f"{self.name} takes {self._count} arguments ({names}), got {len(values)}."
+            )
+        device = -1
+        for (name, kind), value in zip(self._parameters, values, strict=True):
+            where = f"{self.name}: {name}"
+            if isinstance(kind, str):
+                number = _SCALARS[kind][1]
+                if type(value) is not number:
+                    got = type(value).__name__
+                    return ArgumentTypeError(
+                        f"{where} must be a Python {number.__name__}, got {got}."
+                    )
+                continue
+            if not isinstance(value, torch.Tensor):
+                return ArgumentTypeError(f"{where} must be a tensor, got {type(value).__name__}.")
+            if value.dtype is not kind:
+                return ArgumentTypeError(f"{where} must be {kind}, got {value.dtype}.")
+            if value.get_device() < 0:
+                return ArgumentError(f"{where} is on {value.device}, move it to a CUDA device.")
+            if device >= 0 and value.get_device() != device:
+                return ArgumentError(
+                    f"{where} is on {value.device}, the arguments before it on cuda:{device}; "
+                    "move them to one device."
+                )
+            device = value.get_device()
+            if not value.is_contiguous():
+                return ArgumentError(
+                    f"{where} of shape {tuple(value.shape)} and strides {value.stride()} is not "
+                    f"contiguous; pass {name}.contiguous()."
+                )
+        return ArgumentError(f"{self.name} needs at least one tensor.")
+
+    def _load(self, device: int) -> tuple[int, int]:
+        """Compiles or finds the cubin and loads it; returns the function and its CUDA context."""
+        reason = cuda_unavailable_reason()
+        if reason is not None:
+            raise UnsupportedError(reason)
+        import cupy
+        from cupy_backends.cuda.api import driver
+
+        with self._lock, torch.cuda.device(device), cupy.cuda.Device(device):
+            if device not in self._functions:
+                path, lowered = cubin_for(self.source, self.name, architecture(device))
+                module = cupy.RawModule(path=str(path))
+                function = module.get_function(lowered).kernel.ptr
+                self._driver = driver
+                self._modules.append(module)
+                cupy.cuda.runtime.free(0)  # binds the device's context to this thread if none is
+                self._functions[device] = (function, driver.ctxGetCurrent())
+            return self._functions[device]

@@ -1,0 +1,159 @@
+"""Compilation and its cache, which need NVRTC but no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from barqtrain_hf.errors import ArgumentError, KernelBuildError, UnsupportedError
+from barqtrain_hf.runtime import Kernel, compiler, device
+from barqtrain_hf.runtime.__main__ import compile_all, main
+from barqtrain_hf.runtime.compiler import compile_program, cubin_for, instantiations
+
+SOURCE, NAME = "rms_norm.cu", "column_sum<float>"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BARQ_KERNEL_CACHE", str(tmp_path / "kernels"))
+    return tmp_path / "kernels"
+
+
+def test_every_shipped_kernel_compiles_everywhere_without_spills() -> None:
+    # On sm_75 this also proves that no bf16 instruction is used: ptxas refuses them there.
+    compiled = 0
+    for source, arch, program in compile_all(
+        compiler.shipped_sources(), device.SHIPPED_ARCHITECTURES
+    ):
+        assert program.cubin[:4] == b"\x7fELF"
+        assert set(program.resources) == set(instantiations(source))
+        for name, used in program.resources.items():
+            assert used.spill_bytes == 0, f"{name} spills {used.spill_bytes} bytes on sm_{arch}"
+            assert 0 < used.registers <= 255
+            compiled += 1
+    assert compiled == len(device.SHIPPED_ARCHITECTURES) * len(instantiations(SOURCE))
+
+
+def test_the_command_prints_resources(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--arch", "75"]) == 0
+    printed = capsys.readouterr().out
+    assert "column_sum<float>" in printed and "0 spill" in printed
+
+
+def test_the_command_fails_on_an_unknown_architecture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--arch", "12"]) == 1
+    assert "cannot compile for sm_12" in capsys.readouterr().err
+
+
+def test_a_build_is_cached_and_reused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lowered = cubin_for(SOURCE, NAME, "80")
+    assert path.parent == cache and "column_sum" in lowered
+    # Compiling again would now fail, so this must come from the cache.
+    monkeypatch.setattr(compiler, "compile_program", None)
+    assert cubin_for(SOURCE, NAME, "80") == (path, lowered)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "removed", "entry"])
+def test_a_damaged_entry_is_rebuilt(cache: Path, damage: str) -> None:
+    path, lowered = cubin_for(SOURCE, NAME, "80")
+    good = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(good[: len(good) // 2])
+    elif damage == "flipped":
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    elif damage == "removed":
+        path.unlink()
+    else:
+        next(cache.glob("*.json")).write_text('{"sha256": "00')
+    rebuilt, same_name = cubin_for(SOURCE, NAME, "80")
+    assert same_name == lowered
+    assert json.loads(next(cache.glob("*.json")).read_text())["sha256"] == rebuilt.stem
+    assert rebuilt.read_bytes()[:4] == b"\x7fELF" and len(rebuilt.read_bytes()) == len(good)
+
+
+def test_the_key_covers_everything_that_shapes_the_binary(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {compiler._key(SOURCE, NAME, "80")}
+    keys.add(compiler._key(SOURCE, NAME, "86"))
+    keys.add(compiler._key(SOURCE, "column_sum<__half>", "80"))
+    monkeypatch.setattr(compiler, "_OPTIONS", ("-std=c++20",))
+    keys.add(compiler._key(SOURCE, NAME, "80"))
+    monkeypatch.undo()
+    parts = compiler._with_headers(SOURCE)
+    assert len(parts) == 3  # the source and two headers
+    monkeypatch.setattr(compiler, "_with_headers", lambda _: (*parts[:2], parts[2] + " "))
+    keys.add(compiler._key(SOURCE, NAME, "80"))
+    monkeypatch.undo()
+    from cupy.cuda import nvrtc
+
+    monkeypatch.setattr(nvrtc, "getVersion", lambda: (99, 0))
+    keys.add(compiler._key(SOURCE, NAME, "80"))
+    assert len(keys) == 6
+
+
+def test_many_processes_build_at_once(cache: Path) -> None:
+    code = (
+        "from barqtrain_hf.runtime.compiler import cubin_for;"
+        f"path, name = cubin_for({SOURCE!r}, {NAME!r}, '80'); print(path.stem, name)"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    outputs = {process.communicate(timeout=120)[0] for process in processes}
+    assert all(process.returncode == 0 for process in processes)
+    assert len({output.split()[1] for output in outputs}) == 1
+    assert not [p for p in cache.iterdir() if p.name.startswith(".")], "temporary files left"
+    assert cubin_for(SOURCE, NAME, "80")[0].is_file()
+
+
+def test_an_unwritable_cache_falls_back_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    monkeypatch.setenv("BARQ_KERNEL_CACHE", str(blocker / "below"))
+    with pytest.warns(UserWarning, match="BARQ_KERNEL_CACHE"):
+        path, _ = cubin_for(SOURCE, NAME, "80")
+    assert path.read_bytes()[:4] == b"\x7fELF"
+
+
+def test_a_source_that_does_not_compile_shows_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "read_source", lambda _: "__global__ void broken( {")
+    with pytest.raises(KernelBuildError, match="error") as caught:
+        compile_program("broken.cu", (), "80")
+    assert "broken.cu" in caught.value.log
+
+
+def test_names_must_be_instantiated() -> None:
+    with pytest.raises(ArgumentError, match="not instantiated in cuda/rms_norm.cu"):
+        Kernel(SOURCE, "column_sum<double>", {})
+    with pytest.raises(KernelBuildError, match="nowhere.cu is not among"):
+        Kernel("nowhere.cu", "x", {})
+
+
+def test_missing_pieces_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = device.compiler_unavailable_reason
+    assert reason("13.0") is None
+    from cupy.cuda import nvrtc
+
+    assert "cupy-cuda13x" in str(reason("12.8")) and "barqtrain_hf[cuda12]" in str(reason("12.8"))
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "cuda_include_dir", lambda: None)
+        assert "headers" in str(reason("13.0")) and "barqtrain_hf[cuda13]" in str(reason("13.0"))
+    with monkeypatch.context() as patch:
+
+        def missing() -> None:
+            raise RuntimeError("libnvrtc.so.13 not found")
+
+        patch.setattr(nvrtc, "getVersion", missing)
+        assert "NVRTC" in str(reason("13.0")) and "barqtrain_hf[cuda13]" in str(reason("13.0"))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cupy.cuda", None)
+        message = str(reason("12.8"))
+        assert "CuPy cannot be imported" in message and "barqtrain_hf[cuda12]" in message
+        with pytest.raises(UnsupportedError, match=r"barqtrain_hf\[cuda13\]"):
+            compile_program(SOURCE, (NAME,), "80")

@@ -1,0 +1,142 @@
+"""Typed launch: every mistake is an error that names the argument, and never a launch."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
+from barqtrain_hf.runtime import Kernel
+
+PARAMETERS: dict[str, torch.dtype | str] = {
+    "partial": torch.float32,
+    "out": torch.float32,
+    "parts": "int32",
+    "dim": "int32",
+}
+GRID, BLOCK = (1, 1, 1), (32, 32, 1)
+
+
+def kernel() -> Kernel:
+    return Kernel("rms_norm.cu", "column_sum<float>", PARAMETERS)
+
+
+def test_wrong_count() -> None:
+    with pytest.raises(
+        ArgumentError, match=r"takes 4 arguments \(partial, out, parts, dim\), got 2"
+    ):
+        kernel()(GRID, BLOCK, torch.ones(1, 4), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "position,value,error,message",
+    [
+        (0, torch.ones(1, 4).half(), ArgumentTypeError, r"partial must be torch\.float32"),
+        (0, 3, ArgumentTypeError, "partial must be a tensor, got int"),
+        (1, torch.ones(4), ArgumentError, "out is on cpu"),
+        (2, 1.0, ArgumentTypeError, "parts must be a Python int, got float"),
+        (3, True, ArgumentTypeError, "dim must be a Python int, got bool"),
+    ],
+)
+def test_wrong_arguments(position: int, value: Any, error: type[Exception], message: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "meta"
+    values: list[Any] = [torch.ones(1, 4, device=device), torch.ones(4, device=device), 1, 4]
+    if device == "meta" and position != 0:
+        values[0] = _FakeCuda(values[0])
+        values[1] = _FakeCuda(values[1])
+    values[position] = value
+    with pytest.raises(error, match=message):
+        kernel()(GRID, BLOCK, *values)
+
+
+def test_a_tensor_that_is_not_contiguous() -> None:
+    with pytest.raises(ArgumentError, match=r"partial of shape .* is not contiguous"):
+        kernel()(GRID, BLOCK, _FakeCuda(torch.ones(4, 4)[:, :2]), torch.ones(2), 4, 2)
+
+
+class _FakeCuda(torch.Tensor):
+    """A tensor that says it is on a GPU, so that a laptop gets to the checks behind that one."""
+
+    @staticmethod
+    def __new__(cls, tensor: torch.Tensor) -> _FakeCuda:
+        return torch.Tensor._make_subclass(cls, tensor)
+
+    is_cuda = True  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+    def data_ptr(self) -> int:
+        return 0
+
+
+@pytest.mark.gpu
+def test_launch_computes_on_the_current_stream() -> None:
+    column_sum = kernel()
+    partial = torch.randn(37, 100, device="cuda")
+    out = torch.empty(100, device="cuda")
+    # CUDA loads a kernel on its first launch, and waits for the device to do so.
+    partial.mul_(1.0)
+    column_sum((4, 1, 1), BLOCK, partial, out, 37, 100)
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        partial.mul_(2.0)
+        column_sum((4, 1, 1), BLOCK, partial, out, 37, 100)
+    assert not stream.query(), "the launch waited, or went to another stream"
+    stream.synchronize()
+    torch.testing.assert_close(out, partial.sum(0))
+
+
+@pytest.mark.gpu
+def test_threads_do_not_share_argument_buffers() -> None:
+    column_sum = kernel()
+    partials = [torch.full((5, 32), float(i), device="cuda") for i in range(4)]
+    outs = [torch.zeros(32, device="cuda") for _ in range(4)]
+
+    def launch(i: int) -> None:
+        for _ in range(500):
+            column_sum(GRID, BLOCK, partials[i], outs[i], 5, 32)
+
+    threads = [threading.Thread(target=launch, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for i, out in enumerate(outs):
+        assert torch.equal(out, torch.full_like(out, 5.0 * i))
+
+
+@pytest.mark.gpu
+def test_a_thread_without_a_context_can_launch() -> None:
+    column_sum = kernel()
+    partial, out = torch.ones(3, 32, device="cuda"), torch.zeros(32, device="cuda")
+    column_sum(GRID, BLOCK, partial, out, 3, 32)
+    torch.cuda.synchronize()
+    partial.fill_(2.0)
+    thread = threading.Thread(target=column_sum, args=(GRID, BLOCK, partial, out, 3, 32))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert torch.equal(out, torch.full_like(out, 6.0))
+
+
+@pytest.mark.gpu
+def test_launch_is_captured_in_a_graph() -> None:
+    column_sum = kernel()
+    partial, out = torch.ones(3, 32, device="cuda"), torch.zeros(32, device="cuda")
+    column_sum(GRID, BLOCK, partial, out, 3, 32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        column_sum(GRID, BLOCK, partial, out, 3, 32)
+    partial.fill_(2.0)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, torch.full_like(out, 6.0))
