@@ -1,0 +1,34 @@
+"""`python -m barqtrain_hf.benchmarks NAME [--output FILE]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from barqtrain_hf.runtime import cuda_unavailable_reason
+
+NAMES = ("launch", "rms_norm")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m barqtrain_hf.benchmarks", description=__doc__)
+    parser.add_argument("name", choices=NAMES, help="what to measure")
+    parser.add_argument("--output", type=Path, help="file to write the JSON to")
+    arguments = parser.parse_args(argv)
+    reason = cuda_unavailable_reason()
+    if reason is not None:
+        print(f"benchmarks need a GPU: {reason}", file=sys.stderr)
+        return 2
+    report = importlib.import_module(f"barqtrain_hf.benchmarks.{arguments.name}").run()
+    report.print()
+    if arguments.output is not None:
+        report.write(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

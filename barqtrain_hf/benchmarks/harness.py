@@ -1,0 +1,129 @@
+"""What every benchmark shares: timing with CUDA events, the machine's description, JSON and a table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from barqtrain_hf import __version__
+
+_PACKAGES = ("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median of repeated runs and the range of their middle half."""
+
+    median: float
+    quartile_1: float
+    quartile_3: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        low, middle, high = statistics.quantiles(samples, n=4)
+        return cls(middle, low, high)
+
+
+@dataclass
+class Report:
+    """Rows of one benchmark with everything needed to run it again."""
+
+    benchmark: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=lambda: environment())
+
+    def add(self, **row: Any) -> None:
+        """Adds one row; `Timing` values are written out in full."""
+        self.rows.append({k: asdict(v) if isinstance(v, Timing) else v for k, v in row.items()})
+
+    def write(self, path: Path) -> None:
+        """Writes the report as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def print(self) -> None:
+        """Prints the rows as a table; a timing is shown by its median."""
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        table = Table(*columns, title=f"{self.benchmark} on {self.environment['device']}")
+        for row in self.rows:
+            table.add_row(*(_cell(row.get(column)) for column in columns))
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and command of this process."""
+    versions = {
+        "barqtrain_hf": __version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+    }
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name()
+        if cuda
+        else platform.processor() or platform.machine(),
+        "command": " ".join(["python", "-m", "barqtrain_hf.benchmarks", *sys.argv[1:]]),
+        "versions": versions,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def time_gpu(call: Callable[[], Any], repeats: int = 100, warm_up: int = 20) -> Timing:
+    """Milliseconds on the device, each call between two events."""
+    for _ in range(warm_up):
+        call()
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(repeats)
+    ]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return Timing.of([start.elapsed_time(end) for start, end in events])
+
+
+def time_host(call: Callable[[], Any], calls: int = 2000, repeats: int = 9) -> Timing:
+    """Microseconds of host time per call, while the device keeps up."""
+    samples = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+    torch.cuda.synchronize()
+    return Timing.of(samples)
+
+
+def copy_bandwidth() -> Timing:
+    """TB/s of a large device-to-device copy, counting bytes read and written: the ceiling."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    ms = time_gpu(lambda: target.copy_(source), repeats=30)
+    terabytes = 2 * source.numel() / 1e9
+    return Timing(terabytes / ms.median, terabytes / ms.quartile_3, terabytes / ms.quartile_1)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value["median"]
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
