@@ -1,0 +1,90 @@
+"""What the user can set: `BarqConfig`, and the two flags of `BarqTrainingArguments`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BarqConfig:
+    """Which ops are put into a model, and how much memory they may use.
+
+    Attributes:
+        rms_norm: replace the forward of RMSNorm modules.
+        linear_cross_entropy: compute the loss in the LM head, without holding all logits.
+        max_extra_bytes: memory for logits and their gradient in the fused loss; None for the op's
+            default. More is faster, up to a few thousand rows at a time.
+    """
+
+    rms_norm: bool = True
+    linear_cross_entropy: bool = True
+    max_extra_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rms_norm", "linear_cross_entropy"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentTypeError(
+                    f"barq_config: {name}={getattr(self, name)!r} must be true or false."
+                )
+        extra = self.max_extra_bytes
+        if extra is not None and (not isinstance(extra, int) or extra <= 0):
+            raise ArgumentError(
+                f"barq_config: max_extra_bytes={extra!r} must be a positive integer."
+            )
+
+    @classmethod
+    def load(cls, value: BarqConfig | dict[str, Any] | str | None) -> BarqConfig:
+        """From a config, a dict, a JSON or YAML text, the path of such a file, or None for defaults.
+
+        Raises:
+            ArgumentError: an unknown key, with the nearest valid name.
+            ArgumentTypeError: not one of these, or a value of the wrong type.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            is_file = Path(value).suffix in (".json", ".yaml", ".yml")
+            value = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
+        if value is None:
+            return cls()
+        if not isinstance(value, dict):
+            raise ArgumentTypeError(
+                f"barq_config={value!r} must be a dict, a JSON object, or the path of a JSON or YAML "
+                "file that holds one."
+            )
+        names = [f.name for f in fields(cls)]
+        for key in value:
+            if key not in names:
+                near = difflib.get_close_matches(str(key), names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(names)}."
+                raise ArgumentError(f"barq_config: unknown key {key!r}; {hint}")
+        return cls(**value)
+
+
+@dataclass
+class BarqTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the two flags of barqtrain_hf; everything else is unchanged."""
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "barq_config"]  # noqa: RUF012
+
+    use_barq_kernels: bool = field(
+        default=True, metadata={"help": "Put barqtrain_hf's ops into the model while it trains."}
+    )
+    barq_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of BarqConfig: a JSON object, or the path of a JSON or YAML file."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        BarqConfig.load(self.barq_config)  # a mistake is an error now, not at the first step

@@ -1,0 +1,136 @@
+"""Training speed and memory: tokens per second, MFU, peak memory and packing fill.
+
+Model FLOPs of one step, forward and backward (Kaplan et al. 2020, arXiv:2001.08361, with attention as in
+PaLM, arXiv:2204.02311, halved because causal attention needs only half of its products):
+
+    tokens * (4 * F + 6 * T)  +  6 * layers * heads * head_dim * sum of squared document lengths
+
+where T counts the trained matrix parameters and F the frozen ones, which need no weight gradient: a LoRA
+step costs about 4N, not 6N, FLOPs per token. Embedding look-ups cost nothing; the LM head counts as a
+matrix even when its weight is tied to the embedding. Norms and biases are left out. Expert layers are
+counted by the share of experts a token visits.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from barqtrain_hf.runtime import peak_flops
+
+
+def flops_per_token(model: nn.Module) -> float:
+    """FLOPs per token outside attention, forward and backward, from which weights are trained."""
+    config = model.config  # type: ignore[union-attr]
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    embedding_weights = {id(p) for p in embedding.parameters()}
+    head_weights = {id(p) for p in head.parameters()} if head is not None else set()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    visited = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
+    flops = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or (
+            id(parameter) in embedding_weights and id(parameter) not in head_weights
+        ):
+            continue
+        share = visited if ".experts." in name else 1.0
+        flops += share * parameter.numel() * (6.0 if parameter.requires_grad else 4.0)
+    return flops
+
+
+def attention_flops_per_pair(model: nn.Module) -> float:
+    """FLOPs of causal attention, forward and backward, per squared token of a document."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 6.0 * float(config.num_hidden_layers * heads * head_dim)
+
+
+class ThroughputMeter:
+    """Counts what `BarqTrainer` feeds its model and turns it into log entries.
+
+    Nothing is read back from the device until `logs` is called.
+
+    Args:
+        model: the model as trained (PEFT included), for its FLOPs.
+        device: where it trains.
+        world_size: number of processes; each is taken to see as many tokens as this one.
+        packing_fill: share of the packed rows' capacity that holds tokens, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, world_size: int, packing_fill: float | None
+    ) -> None:
+        self._device = device
+        self._world_size = world_size
+        self._packing_fill = packing_fill
+        self._flops_per_token = self._flops_per_pair = 0.0
+        self._peak = None
+        if device.type == "cuda":
+            self._peak = peak_flops(device.index or 0)
+            if self._peak is not None and _is_transformer(model):
+                self._flops_per_token = flops_per_token(model)
+                self._flops_per_pair = attention_flops_per_pair(model)
+            torch.cuda.reset_peak_memory_stats(device)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tokens: torch.Tensor | int = 0  # without padding
+        self._pairs: torch.Tensor | int = 0
+        self._since = time.perf_counter()
+
+    def add(self, inputs: dict[str, Any]) -> None:
+        """Counts one micro-batch; queues a few tiny kernels at most and never waits for the device."""
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, torch.Tensor):
+            return
+        mask, offsets = inputs.get("attention_mask"), inputs.get("cu_seq_lens_q")
+        if isinstance(offsets, torch.Tensor):
+            lengths = offsets.diff().to(torch.int64)
+        elif isinstance(mask, torch.Tensor) and mask.dim() == 2:
+            lengths = mask.sum(-1)
+        else:
+            lengths = torch.full(ids.shape[:1], ids.shape[-1], device=ids.device)
+        self._tokens = self._tokens + lengths.sum()
+        self._pairs = self._pairs + lengths.square().sum()
+
+    def logs(self) -> dict[str, float]:
+        """Entries since the last call, over all processes; waits for the device once."""
+        tokens, pairs = float(self._tokens), float(self._pairs)
+        if tokens == 0:
+            return {}
+        seconds = time.perf_counter() - self._since
+        logs = {"tokens_per_second": self._world_size * tokens / seconds}
+        if self._device.type == "cuda":
+            peak_bytes = torch.cuda.max_memory_allocated(self._device)
+            logs["peak_memory_gib"] = peak_bytes / 2**30
+        else:
+            logs["peak_memory_gib"] = _peak_resident_gib()
+        if self._packing_fill is not None:
+            logs["packing_fill"] = self._packing_fill
+        if self._peak is not None and self._flops_per_token:
+            flops = self._flops_per_token * tokens + self._flops_per_pair * pairs
+            logs["mfu"] = flops / seconds / self._peak
+        self._reset()
+        return logs
+
+
+def _is_transformer(model: nn.Module) -> bool:
+    text_config = getattr(getattr(model, "config", None), "get_text_config", None)
+    return text_config is not None and hasattr(text_config(), "num_attention_heads")
+
+
+def _peak_resident_gib() -> float:
+    """Peak resident memory of this process, in GiB (Linux and macOS; 0 where it cannot be read)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,14 @@
+"""Putting ops into a model's instances, and taking them out again."""
+
+from barqtrain_hf.patching.head import FusedLoss, head_unsupported
+from barqtrain_hf.patching.install import patch_model, unpatch_model, unwrap
+from barqtrain_hf.patching.report import PatchReport
+
+__all__ = [
+    "FusedLoss",
+    "PatchReport",
+    "head_unsupported",
+    "patch_model",
+    "unpatch_model",
+    "unwrap",
+]

@@ -1,0 +1,218 @@
+"""The LM head: the loss is computed inside it, so that logits need not exist.
+
+Two forwards are bound. The head's own takes a `FusedLoss` and then returns the loss; it is called as a
+module, so that the hooks of FSDP2, ZeRO-3 and PEFT that gather or choose its weight fire. The root's
+takes the same `FusedLoss`, runs the base model and hands its hidden states to the head; it is inert
+until a trainer passes one. Neither is removed after training: accelerate wraps the root's forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutput,
+)
+
+from barqtrain_hf.ops.linear_cross_entropy import linear_cross_entropy
+from barqtrain_hf.patching import probe
+
+OP = "linear_cross_entropy"
+
+
+class FusedLoss:
+    """Asks a patched model for its loss. A plain class on purpose: FSDP2 casts every floating tensor it
+    finds in the arguments, and ``num_items`` in bf16 would be off by up to 0.4 %.
+
+    Args:
+        num_items: divisor of the summed loss, or None for the mean over this batch's targets.
+        label_smoothing: as in `linear_cross_entropy`.
+        max_extra_bytes: as in `linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        num_items: torch.Tensor | float | None = None,
+        label_smoothing: float = 0.0,
+        max_extra_bytes: int | None = None,
+    ) -> None:
+        self.num_items = num_items
+        self.label_smoothing = label_smoothing
+        self.max_extra_bytes = max_extra_bytes
+
+
+class _Target:
+    """What the root hands to the head; opaque to FSDP2 for the same reason as `FusedLoss`."""
+
+    def __init__(self, labels: torch.Tensor, fused: FusedLoss, config: Any) -> None:
+        self.labels, self.fused, self.config = labels, fused, config
+
+
+def install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
+    """Probes and binds the root's and the head's forwards.
+
+    Returns:
+        The (module, bound forward) pairs, or the reason why the model keeps its own loss.
+    """
+    reason = _structure_unsupported(model)
+    if reason is not None:
+        return reason
+    root_forward = _root_forward(type(model))
+    bound = [(leaf, types.MethodType(_head_forward, leaf)) for leaf in _leaves(model)]
+    for leaf, forward in bound:
+        leaf.forward = forward
+    difference = _probe(model, root_forward)
+    if difference is not None:
+        for leaf, _ in bound:
+            del leaf.forward
+        return f"its loss is not plain cross-entropy over the head's logits: {difference}"
+    forward = types.MethodType(root_forward, model)
+    model.forward = forward
+    return [*bound, (model, forward)]
+
+
+def head_unsupported(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """Why this call of a patched model must take the stock forward, or None."""
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        return "no labels in the batch"
+    if getattr(model.config, "output_router_logits", False) or inputs.get("output_router_logits"):
+        return "the router's auxiliary loss is on"
+    keep = inputs.get("logits_to_keep")
+    if isinstance(keep, torch.Tensor) or keep:
+        return "logits_to_keep is set"
+    if any(inputs.get(name) for name in ("output_hidden_states", "output_attentions")):
+        return "hidden states or attentions are asked for"
+    return None
+
+
+def _root_forward(cls: type[nn.Module]) -> Any:
+    def forward(
+        self: nn.Module, *args: Any, fused_loss: FusedLoss | None = None, **kwargs: Any
+    ) -> Any:
+        if fused_loss is None:
+            return cls.forward(self, *args, **kwargs)
+        labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        kwargs.pop("logits_to_keep", None)
+        # A cache would be of no use, and makes transformers miss the boundaries of packed documents.
+        kwargs["use_cache"] = False
+        hidden = self.base_model(*args, **kwargs)[0]  # type: ignore[operator]
+        target = _Target(shift_labels, fused_loss, self.config)
+        return CausalLMOutput(loss=self.get_output_embeddings()(hidden, fused_target=target))  # type: ignore[operator]
+
+    # The Trainer reads the signature for column names, generate() for model kwargs. Not
+    # functools.wraps: accelerate follows __wrapped__ when it unwraps, and would drop this forward.
+    forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _head_forward(
+    self: nn.Linear, x: torch.Tensor, fused_target: _Target | None = None
+) -> torch.Tensor:
+    if fused_target is None:
+        return type(self).forward(self, x)
+    fused, config = fused_target.fused, fused_target.config
+    return linear_cross_entropy(
+        x,
+        self.weight,
+        fused_target.labels.to(x.device),
+        bias=self.bias,
+        num_items=fused.num_items,
+        label_smoothing=fused.label_smoothing,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=_logit_scale(config),
+        max_extra_bytes=fused.max_extra_bytes,
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies its logits, Granite divides them; the probe checks what is read here."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+
+
+def _leaves(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers behind the head: itself, or both copies under PEFT's modules_to_save."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
+        return [head.original_module, *head.modules_to_save.values()]
+    return [head]
+
+
+def _structure_unsupported(model: nn.Module) -> str | None:
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        return "it is not a transformers model"
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        return "it has no LM head"
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "encoder-decoder models keep their own loss"
+    if model.base_model is model:
+        return "its base model cannot be told from its head"
+    if "forward" in model.__dict__:
+        return "its forward is already patched (by accelerate, Liger or another package)"
+    for leaf in _leaves(model):
+        if type(leaf) is not nn.Linear:
+            return f"its head is a {type(leaf).__module__}.{type(leaf).__name__}, not a plain nn.Linear"
+        if "forward" in leaf.__dict__:
+            return "its head's forward is already patched"
+        if leaf.weight.is_meta or leaf.weight.numel() == 0:
+            return "its head's weight is not on this device yet, so the loss cannot be probed"
+    return None
+
+
+@torch.enable_grad()
+def _probe(model: nn.Module, root_forward: Any) -> str | None:
+    """Stock root forward against ours on given hidden states: same loss and gradient, or why not.
+
+    The base model is stood in for by one that returns the hidden states, so the probe costs nine rows of
+    logits however large the model is, and sees softcaps, scales and custom losses whatever their names.
+    """
+    leaf = _leaves(model)[0]
+    weight, device = leaf.weight, leaf.weight.device
+    dtype = weight.dtype
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(1, 9, weight.shape[1], generator=generator, device=device)
+    with torch.no_grad():
+        # Logits of about ±30, so that a softcap shows.
+        hidden *= 30.0 / F.linear(hidden.to(dtype), weight).float().std().clamp(min=1e-6)
+    hidden = hidden.to(dtype).requires_grad_()
+    labels = torch.randint(weight.shape[0], (1, 9), generator=generator, device=device)
+    labels[0, 3:5] = -100
+    inputs = {"input_ids": torch.zeros_like(labels), "labels": labels}
+    try:
+        with _given_hidden_states(model, hidden):
+            stock = type(model).forward(model, **inputs, num_items_in_batch=5).loss
+            ours = root_forward(model, **inputs, fused_loss=FusedLoss(num_items=5)).loss
+        (stock_grad,) = torch.autograd.grad(stock, hidden)
+        (our_grad,) = torch.autograd.grad(ours, hidden)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        return f"the probe fails: {type(error).__name__}: {error}"
+    names = ("the loss", "its gradient")
+    return probe.first_difference(names, (ours, our_grad), (stock, stock_grad), dtype)
+
+
+@contextmanager
+def _given_hidden_states(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+    base = model.base_model
+    previous = base.__dict__.get("forward")
+
+    def stub(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+    base.forward = stub  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        del base.forward  # type: ignore[union-attr]
+        if previous is not None:
+            base.forward = previous  # type: ignore[union-attr]

@@ -1,0 +1,50 @@
+"""What was put into a model, what was not, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+class PatchReport:
+    """Result of `patch_model`; print it to read it.
+
+    Attributes:
+        installed: op to the names of the modules that use it.
+        skipped: (op, reason) to the names of the modules that keep their stock forward.
+        fallbacks: (op, reason) to how many calls took the stock forward although installed.
+    """
+
+    def __init__(self) -> None:
+        self.installed: dict[str, list[str]] = {}
+        self.skipped: dict[tuple[str, str], list[str]] = {}
+        self.fallbacks: Counter[tuple[str, str]] = Counter()
+
+    def add(self, op: str, module: str) -> None:
+        """Records that ``module`` now uses ``op``."""
+        self.installed.setdefault(op, []).append(module)
+
+    def skip(self, op: str, module: str, reason: str) -> None:
+        """Records that ``module`` keeps its stock forward."""
+        self.skipped.setdefault((op, reason), []).append(module)
+
+    def fall_back(self, op: str, reason: str) -> None:
+        """Records one call that took the stock forward."""
+        self.fallbacks[op, reason] += 1
+
+    def __str__(self) -> str:
+        lines = ["barqtrain_hf:"]
+        for op, modules in self.installed.items():
+            lines.append(f"  {op}: installed in {_count(modules)}")
+        for (op, reason), modules in self.skipped.items():
+            lines.append(f"  {op}: not in {_count(modules)}: {reason}")
+        for (op, reason), calls in self.fallbacks.items():
+            lines.append(f"  {op}: {calls} calls took the stock forward: {reason}")
+        if len(lines) == 1:
+            lines.append("  nothing to install")
+        return "\n".join(lines)
+
+
+def _count(modules: list[str]) -> str:
+    if len(modules) == 1:
+        return modules[0] or "the model"
+    return f"{len(modules)} modules ({modules[0]}, …, {modules[-1]})"

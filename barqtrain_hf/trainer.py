@@ -1,0 +1,199 @@
+"""BarqTrainer: a `transformers.Trainer` whose loss never holds all logits and whose leaves are ours."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_pt_utils import LabelSmoother
+
+from barqtrain_hf.callbacks import BarqKernelsCallback
+from barqtrain_hf.config import BarqConfig
+from barqtrain_hf.data import BarqDataCollator, PackedDataset
+from barqtrain_hf.errors import DataError, UnsupportedError
+from barqtrain_hf.metrics import ThroughputMeter
+from barqtrain_hf.patching import FusedLoss, PatchReport, head_unsupported, unwrap
+from barqtrain_hf.patching.head import OP as FUSED_HEAD
+
+
+class BarqTrainer(Trainer):
+    """Takes exactly what `Trainer` takes and trains the same model to the same loss.
+
+    With `BarqTrainingArguments` the flags `use_barq_kernels` and `barq_config` choose what is installed;
+    with plain `TrainingArguments` everything is. A `PackedDataset` brings its own collator. Logs gain
+    `tokens_per_second`, `peak_memory_gib`, and where they apply `packing_fill` and `mfu`.
+
+    Raises:
+        UnsupportedError: `use_liger_kernel` with its fused cross-entropy, or several GPUs in one process
+            (nn.DataParallel).
+        DataError: an empty train_dataset.
+    """
+
+    def __init__(
+        self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        self._kernels = _kernels_callback(args)
+        self._loss_only = False
+        self._meter: ThroughputMeter | None = None
+        names = list(inspect.signature(Trainer.__init__).parameters)[3:]
+        kwargs.update(zip(names, rest, strict=False))
+        train_dataset = kwargs.get("train_dataset")
+        _check_dataset(train_dataset)
+        if kwargs.get("data_collator") is None and isinstance(train_dataset, PackedDataset):
+            kwargs["data_collator"] = BarqDataCollator()
+        super().__init__(model, args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise UnsupportedError(
+                f"BarqTrainer does not run in nn.DataParallel ({self.args.n_gpu} GPUs in one process).",
+                "Start one process per GPU with `accelerate launch` or `torchrun`, or set "
+                "CUDA_VISIBLE_DEVICES=0.",
+            )
+        liger = self.args.liger_kernel_config or {}
+        if self.args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
+            raise UnsupportedError(
+                "use_liger_kernel=True installs Liger's fused cross-entropy, which would replace ours.",
+                'Drop it, or pass liger_kernel_config={"fused_linear_cross_entropy": False}.',
+            )
+        if self._kernels is not None:
+            self._kernels.install_head(self.model)
+            self.add_callback(self._kernels)
+
+    @property
+    def barq_report(self) -> PatchReport:
+        """What is installed in the model, what is not and why; print it to read it."""
+        if self._kernels is None or self._kernels.report is None:
+            return PatchReport()
+        return self._kernels.report
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """As in Trainer; the new model gets the head path too."""
+        model = super().call_model_init(trial)
+        if self._kernels is not None and hasattr(self, "accelerator"):
+            self._kernels.install_head(model)
+        self.__dict__.pop("_matrix_parameters", None)
+        return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; the stock forwards are back afterwards, whatever happened."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._meter = None
+            if self._kernels is not None:
+                self._kernels.restore()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The stock loss, computed in the head without logits wherever nobody needs them."""
+        if not self._fuses(inputs, return_outputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        takes_count = _smoother_takes_count() if smoothing else self.model_accepts_loss_kwargs
+        fused = FusedLoss(
+            num_items_in_batch if takes_count else None,
+            smoothing,
+            self._kernels.config.max_extra_bytes if self._kernels else None,
+        )
+        loss = model(**inputs, fused_loss=fused)["loss"]
+        if (
+            self.args.average_tokens_across_devices
+            and self.model_accepts_loss_kwargs
+            and num_items_in_batch is not None
+        ):
+            # The Trainer counts targets over all ranks while DDP averages gradients over them.
+            parallel = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
+            loss = loss * (self.accelerator.num_processes // parallel)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _fuses(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+        """Whether this loss can be computed in the head; a reason against it is put in the report."""
+        report = self.barq_report
+        if FUSED_HEAD not in report.installed:
+            return False
+        base = unwrap(self.model)
+        reason = None
+        if return_outputs and not self._loss_only:
+            reason = "the logits are needed (compute_metrics, or a subclass that asks for outputs)"
+        elif self.compute_loss_func is not None:
+            reason = "compute_loss_func needs the logits"
+        elif self.label_smoother is not None and (
+            type(base).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        ):
+            reason = "Trainer smooths this model's labels without a shift"
+        elif getattr(getattr(self.accelerator, "parallelism_config", None), "sp_enabled", False):
+            reason = "sequence parallelism computes its own loss"
+        else:
+            reason = head_unsupported(base, inputs)
+        if reason is not None:
+            report.fall_back(FUSED_HEAD, reason)
+        return reason is None
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        """As in Trainer; where only the loss is wanted, no logits are made."""
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._loss_only = False
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in Trainer, and counts the batch."""
+        if self._meter is None:
+            fill = getattr(self.train_dataset, "fill", None)
+            world_size = self.accelerator.num_processes
+            self._meter = ThroughputMeter(self.model, self.args.device, world_size, fill)
+        self._meter.add(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, with throughput and memory beside the training loss."""
+        if self._meter is not None and "loss" in logs:
+            logs = {**logs, **self._meter.logs()}
+        super().log(logs, *args, **kwargs)
+
+    @functools.cached_property
+    def _matrix_parameters(self) -> int:
+        return int(self.model.num_parameters(exclude_embeddings=True))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As in Trainer, without walking all parameters at every micro-step."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs or not hasattr(self.model, "num_parameters"):
+            return 0
+        return 6 * int(inputs[name].numel()) * self._matrix_parameters
+
+
+def _kernels_callback(args: TrainingArguments | None) -> BarqKernelsCallback | None:
+    if not getattr(args, "use_barq_kernels", True):
+        return None
+    return BarqKernelsCallback(BarqConfig.load(getattr(args, "barq_config", None)))
+
+
+def _check_dataset(dataset: Dataset[Any] | None) -> None:
+    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise DataError("train_dataset is empty: there is nothing to train on.")
+
+
+@functools.cache
+def _smoother_takes_count() -> bool:
+    """Later releases of transformers divide the smoothed loss by num_items_in_batch too."""
+    return "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
