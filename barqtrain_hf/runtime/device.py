@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -94,7 +95,11 @@ def cuda_include_dir() -> Path | None:
     """The folder with ``cuda_bf16.h``: pip's CUDA packages, conda, or a CUDA toolkit."""
     from cuda import pathfinder
 
-    found = pathfinder.find_nvidia_header_directory("cudart")
-    if found is None or not (Path(found) / "cuda_bf16.h").is_file():
-        return None
-    return Path(found)
+    folders = [pathfinder.find_nvidia_header_directory("cudart")]
+    # pathfinder looks into site-packages only; PYTHONPATH and .pth files may add other folders.
+    nvidia = importlib.util.find_spec("nvidia")
+    if nvidia is not None:
+        for location in nvidia.submodule_search_locations or ():
+            folders += sorted(Path(location).glob("*/include"), reverse=True)
+    found = (Path(f) for f in folders if f and (Path(f) / "cuda_bf16.h").is_file())
+    return next(found, None)

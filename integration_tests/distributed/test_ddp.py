@@ -1,0 +1,71 @@
+"""Two gloo ranks: the same losses and gradient norms as stock Trainer, tokens averaged or not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+SCRIPT = """
+import json, os, sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/trainer"]
+import torch
+torch.set_num_threads(1)
+from models import tiny_model
+from test_parity import Rows, arguments
+from transformers import Trainer, TrainingArguments
+from barqtrain_hf import BarqTrainer, BarqTrainingArguments
+results = {{}}
+for average in (True, False):
+    for trainer_class, args_class in ((Trainer, TrainingArguments), (BarqTrainer, BarqTrainingArguments)):
+        options = dict(gradient_accumulation_steps=2, average_tokens_across_devices=average)
+        trainer = trainer_class(
+            tiny_model("llama"),
+            args_class(**arguments(sys.argv[1], **options)),
+            train_dataset=Rows(40, seed=1),
+        )
+        trainer.train()
+        logs = [e for e in trainer.state.log_history if "loss" in e]
+        weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+        gathered = [torch.empty_like(weights) for _ in range(2)]
+        torch.distributed.all_gather(gathered, weights)
+        results[f"{{trainer_class.__name__}} {{average}}"] = dict(
+            loss=[e["loss"] for e in logs],
+            grad_norm=[float(e["grad_norm"]) for e in logs],
+            ranks_agree=torch.equal(*gathered),
+        )
+if os.environ["RANK"] == "0":
+    json.dump(results, open(sys.argv[1] + "/results.json", "w"))
+"""
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(tests=str(TESTS)))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=0",
+    ]
+    process = subprocess.run(
+        [*launch, "--standalone", str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=TESTS.parent,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 4
+    for average in ("True", "False"):
+        stock, ours = results[f"Trainer {average}"], results[f"BarqTrainer {average}"]
+        assert ours["loss"] == pytest.approx(stock["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(stock["grad_norm"], rel=1e-4)
+        assert stock["ranks_agree"] and ours["ranks_agree"]

@@ -1,0 +1,94 @@
+"""What a user installs: the wheel in a clean environment, outside the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import barqtrain_hf
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    # A checkout on PYTHONPATH would hide what is installed.
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run(
+        command, cwd=cwd, env=clean, capture_output=True, text=True, timeout=900
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "maturin", "build", "--release", "--out", target, cwd=REPOSITORY)
+    (path,) = target.glob("*.whl")
+    return path
+
+
+def test_wheel_carries_the_sources_and_nothing_else(wheel: Path) -> None:
+    assert re.search(r"-cp310-abi3-\w+\.whl$", wheel.name)
+    names = zipfile.ZipFile(wheel).namelist()
+    sources = {p.name for p in (REPOSITORY / "cuda").iterdir()}
+    carried = {n.split("/")[-1] for n in names if n.startswith("barqtrain_hf/_cuda/")}
+    assert carried == sources and "rms_norm.cu" in carried
+    # A top-level cuda/ would land in the namespace of NVIDIA's own packages.
+    tops = {n.split("/")[0] for n in names}
+    assert {t for t in tops if not t.endswith(".dist-info")} == {"barqtrain_hf"}
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    # Dependencies come from this environment; its editable install of us does not, because .pth files
+    # are read only in an environment's own site-packages.
+    purelib = run(
+        python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path
+    )
+    (Path(purelib.strip()) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    code = (
+        "import barqtrain_hf, numpy as np;"
+        "from barqtrain_hf.data import pack_sequences;"
+        "print(barqtrain_hf.__file__, [len(r) for r in pack_sequences(np.array([5, 3, 4]), 8)])"
+    )
+    where, packed = run(python, "-c", code, cwd=tmp_path).split(" ", 1)
+    assert Path(where).is_relative_to(tmp_path / "venv")
+    assert packed.strip() == "[2, 1]"
+    printed = run(python, "-m", "barqtrain_hf.runtime", "--arch", "80", cwd=tmp_path)
+    assert "0 spill" in printed
+    assert "demo" in run(tmp_path / "venv" / "bin" / "barqtrain", "--help", cwd=tmp_path)
+
+
+def test_sdist_can_be_built_from(tmp_path: Path) -> None:
+    run(sys.executable, "-m", "maturin", "sdist", "--out", tmp_path, cwd=REPOSITORY)
+    (path,) = tmp_path.glob("*.tar.gz")
+    names = {n.split("/", 1)[1] for n in tarfile.open(path).getnames() if "/" in n}
+    for needed in (
+        "pyproject.toml",
+        "LICENSE",
+        "barqtrain_hf/_cuda/rms_norm.cu",
+        "barqtrain_hf/_cuda/vector.cuh",
+        "rust/core/src/lib.rs",
+        "rust/py/Cargo.toml",
+        "rust/py/Cargo.lock",
+    ):
+        assert needed in names
+
+
+def test_one_version_everywhere() -> None:
+    for file in ("pyproject.toml", "rust/core/Cargo.toml", "rust/py/Cargo.toml"):
+        text = (REPOSITORY / file).read_text(encoding="utf-8")
+        found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+        assert found is not None and found[1] == barqtrain_hf.__version__, file

@@ -1,0 +1,124 @@
+"""Training on packed rows: the same loss as the documents one by one, and the logs that go with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, tiny_model
+from test_parity import arguments
+from transformers import Trainer, TrainingArguments
+
+from barqtrain_hf import BarqKernelsCallback, BarqTrainer, BarqTrainingArguments
+from barqtrain_hf.data import PackedDataset
+from barqtrain_hf.metrics import attention_flops_per_pair, flops_per_token
+
+
+def documents(count: int) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for _ in range(count):
+        length = int(torch.randint(2, 30, (1,), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": ids})
+    return rows
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gpt2"])
+def test_packed_loss_is_the_mean_over_documents(family: str, tmp_path: Path) -> None:
+    packed = PackedDataset(documents(30), 64)
+    trainer = BarqTrainer(
+        tiny_model(family),
+        BarqTrainingArguments(**arguments(tmp_path, max_steps=1, per_device_train_batch_size=2)),
+        train_dataset=packed,
+    )
+    trainer.train()
+    model = tiny_model(family)
+    total, count = 0.0, 0
+    for row in (packed[0], packed[1]):
+        start = 0
+        for length in map(int, row["seq_lengths"]):
+            ids = row["input_ids"][None, start : start + length]
+            if length > 1:
+                loss = model(ids, labels=ids).loss.item()
+                total, count = total + loss * (length - 1), count + length - 1
+            start += length
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_logs_and_tensorboard(tmp_path: Path) -> None:
+    packed = PackedDataset(documents(60), 64)
+    args = arguments(tmp_path / "out", max_steps=3, report_to=["tensorboard"])
+    trainer = BarqTrainer(tiny_model("llama"), BarqTrainingArguments(**args), train_dataset=packed)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 3
+    for entry in steps:
+        assert entry["tokens_per_second"] > 0
+        assert 0.05 < entry["peak_memory_gib"] < 64
+        assert entry["packing_fill"] == packed.fill
+        assert "mfu" not in entry or torch.cuda.is_available()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    assert {"train/tokens_per_second", "train/packing_fill"} <= set(accumulator.Tags()["scalars"])
+
+
+def test_tokens_are_counted_without_padding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from barqtrain_hf import metrics
+
+    times = iter(range(100))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(times)))
+    meter = metrics.ThroughputMeter(tiny_model("llama"), torch.device("cpu"), 2, None)
+    assert meter.logs() == {}
+    meter.add({"input_ids": torch.zeros(2, 8), "attention_mask": torch.ones(2, 8).tril()})
+    meter.add({"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9])})
+    meter.add({"input_ids": torch.zeros(2, 3)})
+    assert meter.logs()["tokens_per_second"] == 2 * (1 + 2 + 9 + 6)
+
+
+def test_flops_of_full_and_lora_training() -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    embedding = model.get_input_embeddings().weight.numel()
+    assert flops_per_token(model) == 6 * (matrices - embedding)
+    tied = tiny_model("llama_tied")
+    assert flops_per_token(tied) == flops_per_token(model)  # the head's product is there either way
+    assert attention_flops_per_pair(model) == 6 * 2 * 32
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert flops_per_token(adapted) == 4 * (matrices - embedding) + 6 * trained
+
+
+def test_callback_on_a_stock_trainer(tmp_path: Path) -> None:
+    class Spy(BarqKernelsCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            norms = [m for m in kwargs["model"].modules() if type(m).__name__ == "LlamaRMSNorm"]
+            self.during = [("forward" in m.__dict__) for m in norms]
+
+    from test_parity import Rows
+
+    results = []
+    spy = Spy()
+    for callbacks in ([], [spy]):
+        trainer = Trainer(
+            tiny_model("llama"),
+            TrainingArguments(**arguments(tmp_path)),
+            train_dataset=Rows(40, seed=1),
+            callbacks=callbacks,
+        )
+        trainer.train()
+        results.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+    assert spy.during and all(spy.during)
+    assert "rms_norm: installed in 5 modules" in str(spy.report)
+    norms = [m for m in trainer.model.modules() if type(m).__name__ == "LlamaRMSNorm"]
+    assert not any("forward" in m.__dict__ for m in norms)

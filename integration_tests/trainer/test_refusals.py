@@ -1,0 +1,87 @@
+"""What cannot be trained rightly is refused in a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, tiny_model
+from test_parity import Rows, arguments
+
+from barqtrain_hf import BarqConfig, BarqTrainer, BarqTrainingArguments
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
+
+
+def make(path: Path, dataset: Any, **options: Any) -> BarqTrainer:
+    args = BarqTrainingArguments(**arguments(path, **options))
+    return BarqTrainer(tiny_model("llama"), args, train_dataset=dataset)
+
+
+@pytest.mark.parametrize("config", [None, {"rope": True}, {"fused_linear_cross_entropy": True}])
+def test_liger_with_fused_cross_entropy(config: Any, tmp_path: Path) -> None:
+    args = BarqTrainingArguments(**arguments(tmp_path))
+    args.use_liger_kernel, args.liger_kernel_config = True, config
+    with pytest.raises(UnsupportedError, match=r"use_liger_kernel.*fused_linear_cross_entropy"):
+        BarqTrainer(tiny_model("llama"), args, train_dataset=Rows(4, seed=0))
+
+
+def test_data_parallel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = BarqTrainingArguments(**arguments(tmp_path))
+    monkeypatch.setattr(type(args), "n_gpu", 2)
+    with pytest.raises(UnsupportedError, match=r"nn\.DataParallel \(2 GPUs.*accelerate launch"):
+        BarqTrainer(tiny_model("llama"), args, train_dataset=Rows(4, seed=0))
+
+
+def test_empty_dataset(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train_dataset is empty"):
+        make(tmp_path, [])
+
+
+def test_label_out_of_range(tmp_path: Path) -> None:
+    rows = Rows(8, seed=0)
+    rows.rows[0]["labels"][-1] = VOCABULARY
+    with pytest.raises(ArgumentError, match=f"= {VOCABULARY} is outside the vocabulary"):
+        make(tmp_path, rows).train()
+
+
+def test_no_labels(tmp_path: Path) -> None:
+    rows = [{"input_ids": torch.arange(5)} for _ in range(8)]
+    trainer = make(tmp_path, rows)
+    # Stock Trainer's own error: the model returned no loss.
+    with pytest.raises(ValueError, match="did not return a loss"):
+        trainer.train()
+    assert "no labels" in str(trainer.barq_report)
+
+
+def test_barq_config(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="unknown key 'rmsnorm'; did you mean 'rms_norm'"):
+        BarqTrainingArguments(**arguments(tmp_path, barq_config={"rmsnorm": False}))
+    with pytest.raises(ArgumentTypeError, match="rms_norm='yes' must be true or false"):
+        BarqConfig.load({"rms_norm": "yes"})
+    with pytest.raises(ArgumentError, match="max_extra_bytes=0 must be a positive integer"):
+        BarqConfig(max_extra_bytes=0)
+    with pytest.raises(ArgumentTypeError, match="must be a dict"):
+        BarqConfig.load("[1, 2]")
+    off = BarqConfig(rms_norm=False)
+    (tmp_path / "barq.yaml").write_text("rms_norm: false\n")
+    for value in (off, {"rms_norm": False}, '{"rms_norm": false}', str(tmp_path / "barq.yaml")):
+        assert BarqConfig.load(value) == off
+    assert BarqConfig.load(None) == BarqConfig()
+
+
+def test_flags_parse_from_the_command_line(tmp_path: Path) -> None:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(BarqTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--barq_config", '{"rms_norm": false}']
+    )
+    assert args.use_barq_kernels is True
+    assert BarqConfig.load(args.barq_config) == BarqConfig(rms_norm=False)
+    (args,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--use_barq_kernels", "false"]
+    )
+    assert args.use_barq_kernels is False
+    assert args.to_dict()["use_barq_kernels"] is False
