@@ -2,14 +2,50 @@
 
 from __future__ import annotations
 
+import collections
+import json
 import os
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 
+from barqtrain_hf.benchmarks.harness import environment
 from barqtrain_hf.runtime import cuda_unavailable_reason
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", type=Path, help="file to write the outcome of every test to")
+
+
+class _Results:
+    """Writes what passed where, so that a run on a GPU can be committed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self) -> None:
+        command = " ".join(["python", "-m", "pytest", *sys.argv[1:]])
+        content = {
+            "environment": {**environment(), "command": command},
+            "counts": collections.Counter(self.outcomes.values()),
+            "outcomes": self.outcomes,
+        }
+        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--results")
+    if path is not None:
+        config.pluginmanager.register(_Results(path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,11 +20,7 @@ from barqtrain_hf.runtime.compiler import cubin_for, instantiations
 from barqtrain_hf.runtime.device import architecture, cuda_unavailable_reason
 
 # Each parameter has an 8-byte slot of the buffer, so slot i is at 8 * i whatever its type.
-_SCALARS: dict[str, tuple[str, type]] = {
-    "int32": ("i4x", int),
-    "int64": ("q", int),
-    "float32": ("f4x", float),
-}
+_SCALARS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
 
 
 class _Arguments(threading.local):
@@ -61,8 +57,7 @@ class Kernel:
         self._count = len(parameters)
         kinds = list(enumerate(parameters.values()))
         self._tensors = [(i, kind) for i, kind in kinds if isinstance(kind, torch.dtype)]
-        self._numbers = [(i, _SCALARS[kind][1]) for i, kind in kinds if isinstance(kind, str)]
-        codes = (_SCALARS[t][0] if isinstance(t, str) else "Q" for t in parameters.values())
+        codes = (_SCALARS[t] if isinstance(t, str) else "Q" for t in parameters.values())
         self._pack_into = struct.Struct("<" + "".join(codes)).pack_into
         self._arguments = _Arguments(self._count)
         self._functions: dict[int, tuple[int, int]] = {}
@@ -81,7 +76,7 @@ class Kernel:
             UnsupportedError: kernels cannot run here; the message says why.
         """
         packed = list(values)
-        device = -1
+        arguments = self._arguments
         try:
             device = values[self._tensors[0][0]].get_device()
             good = device >= 0 and len(values) == self._count
@@ -94,18 +89,17 @@ class Kernel:
                     and tensor.is_contiguous()
                 )
                 packed[i] = tensor.data_ptr()
-            for i, number in self._numbers:
-                good = good and type(values[i]) is number
-        except (AttributeError, IndexError):
+            self._pack_into(arguments.values, 0, *packed)
+        except (AttributeError, IndexError, struct.error):
             good = False
         if not good:
             raise self._mistake(values)
         function, context = self._functions.get(device) or self._load(device)
-        if device != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):
-                self._launch(function, context, device, grid, block, packed)
+        if device == torch._C._cuda_getDevice():
+            self._launch(function, context, device, grid, block, arguments.address)
         else:
-            self._launch(function, context, device, grid, block, packed)
+            with torch.cuda.device(device):
+                self._launch(function, context, device, grid, block, arguments.address)
 
     def _launch(
         self,
@@ -114,19 +108,14 @@ class Kernel:
         device: int,
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        packed: list[Any],
+        arguments: int,
     ) -> None:
         driver = self._driver
         if driver.ctxGetCurrent() != context:
             # A thread that has made no CUDA call yet, such as autograd's: torch binds it lazily.
             driver.ctxSetCurrent(context)
-        arguments = self._arguments
-        try:
-            self._pack_into(arguments.values, 0, *packed)
-        except struct.error as error:
-            raise ArgumentError(f"{self.name}: an integer argument is too large: {error}") from None
         stream = torch._C._cuda_getCurrentRawStream(device)
-        driver.launchKernel(function, *grid, *block, 0, stream, arguments.address, 0)
+        driver.launchKernel(function, *grid, *block, 0, stream, arguments, 0)
 
     def _mistake(self, values: tuple[Any, ...]) -> ArgumentError | ArgumentTypeError:
         """The error for arguments that failed the check in `__call__`."""
@@ -139,12 +128,10 @@ class Kernel:
         for (name, kind), value in zip(self._parameters, values, strict=True):
             where = f"{self.name}: {name}"
             if isinstance(kind, str):
-                number = _SCALARS[kind][1]
-                if type(value) is not number:
-                    got = type(value).__name__
-                    return ArgumentTypeError(
-                        f"{where} must be a Python {number.__name__}, got {got}."
-                    )
+                try:
+                    struct.pack(_SCALARS[kind], value)
+                except struct.error:
+                    return ArgumentTypeError(f"{where}={value!r} does not fit {kind}.")
                 continue
             if not isinstance(value, torch.Tensor):
                 return ArgumentTypeError(f"{where} must be a tensor, got {type(value).__name__}.")

@@ -74,7 +74,8 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
 def test_sdist_can_be_built_from(tmp_path: Path) -> None:
     run(sys.executable, "-m", "maturin", "sdist", "--out", tmp_path, cwd=REPOSITORY)
     (path,) = tmp_path.glob("*.tar.gz")
-    names = {n.split("/", 1)[1] for n in tarfile.open(path).getnames() if "/" in n}
+    with tarfile.open(path) as archive:
+        names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
     for needed in (
         "pyproject.toml",
         "LICENSE",

@@ -129,9 +129,9 @@ def test_a_source_that_does_not_compile_shows_the_log(monkeypatch: pytest.Monkey
 
 
 def test_names_must_be_instantiated() -> None:
-    with pytest.raises(ArgumentError, match="not instantiated in cuda/rms_norm.cu"):
+    with pytest.raises(ArgumentError, match=r"not instantiated in cuda/rms_norm\.cu"):
         Kernel(SOURCE, "column_sum<double>", {})
-    with pytest.raises(KernelBuildError, match="nowhere.cu is not among"):
+    with pytest.raises(KernelBuildError, match=r"nowhere\.cu is not among"):
         Kernel("nowhere.cu", "x", {})
 
 

@@ -112,6 +112,11 @@ def test_families(family: str, tmp_path: Path) -> None:
     [
         {"gradient_accumulation_steps": 3},
         {"gradient_checkpointing": True},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
         {"label_smoothing_factor": 0.1},
         {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 3},
         {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},

@@ -1,0 +1,87 @@
+"""BarqTrainer against stock Trainer on a GPU, where the norms are our kernels, in every dtype regime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, tiny_model
+from test_parity import assert_equal_runs
+
+from barqtrain_hf.runtime import Kernel
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that were launched."""
+    names: list[str] = []
+    call = Kernel.__call__
+
+    def counted(self: Kernel, *args: Any) -> None:
+        names.append(self.name.split("<")[0])
+        call(self, *args)
+
+    monkeypatch.setattr(Kernel, "__call__", counted)
+    return names
+
+
+# fp32 to the last digits; bf16 and fp16 to a few units in the last place of the loss's inputs.
+REGIMES: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
+    "fp32": (torch.float32, {}, 2.0),
+    "bf16 autocast, fp32 weights": (torch.float32, {"bf16": True}, 400),
+    "fp16 autocast, fp32 weights": (torch.float32, {"fp16": True}, 100),
+    "bf16 autocast, bf16 weights": (torch.bfloat16, {"bf16": True, "max_steps": 2}, 1000),
+    "bf16 weights": (torch.bfloat16, {"max_steps": 2}, 1000),
+}
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, regime: str, launches: list[str], tmp_path: Path) -> None:
+    dtype, options, tolerance = REGIMES[regime]
+    assert_equal_runs(
+        lambda: tiny_model(family, dtype),
+        tmp_path,
+        tolerance=tolerance,
+        **{"use_cpu": False, **options},
+    )
+    used = {"rms_norm_forward", "rms_norm_backward", "column_sum"}
+    assert set(launches) == (set() if family == "gpt2" else used)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1},
+        {"torch_compile": True},
+        {"optim": "adamw_torch_fused"},
+    ],
+    ids=str,
+)
+def test_settings(options: dict[str, Any], launches: list[str], tmp_path: Path) -> None:
+    # Inductor fuses and reorders fp32 sums of its own.
+    tolerance = 20.0 if "torch_compile" in options else 2.0
+    assert_equal_runs(
+        lambda: tiny_model("llama"), tmp_path, use_cpu=False, tolerance=tolerance, **options
+    )
+    assert "rms_norm_backward" in launches
+
+
+def test_lora(launches: list[str], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def model() -> Any:
+        torch.manual_seed(5)
+        config = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]
+        )
+        return peft.get_peft_model(tiny_model("llama", torch.bfloat16), config)
+
+    assert_equal_runs(model, tmp_path, use_cpu=False, bf16=True, tolerance=1000, max_steps=2)
+    # Frozen norm weights: their gradient is not computed.
+    assert "column_sum" not in launches and "rms_norm_backward" in launches
