@@ -14,6 +14,8 @@ counted by the share of experts a token visits.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +70,7 @@ class ThroughputMeter:
         self._device = device
         self._world_size = world_size
         self._packing_fill = packing_fill
+        self._paused = False
         self._flops_per_token = self._flops_per_pair = 0.0
         self._peak = None
         if device.type == "cuda":
@@ -97,6 +100,20 @@ class ThroughputMeter:
             lengths = torch.full(ids.shape[:1], ids.shape[-1], device=ids.device)
         self._tokens = self._tokens + lengths.sum()
         self._pairs = self._pairs + lengths.square().sum()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time spent inside, on evaluation or a checkpoint, out of the throughput."""
+        if self._paused:  # evaluation of several data sets calls itself
+            yield
+            return
+        self._paused = True
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
+            self._paused = False
 
     def logs(self) -> dict[str, float]:
         """Entries since the last call, over all processes; waits for the device once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -163,6 +164,18 @@ class BarqTrainer(Trainer):
             self._meter = ThroughputMeter(self.model, self.args.device, world_size, fill)
         self._meter.add(inputs)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in Trainer; its time does not count as training."""
+        with self._not_training():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._not_training():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _not_training(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._meter is None else self._meter.paused()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with throughput and memory beside the training loss."""

@@ -101,6 +101,18 @@ def time_gpu(call: Callable[[], Any], repeats: int = 100, warm_up: int = 20) -> 
     return Timing.of([start.elapsed_time(end) for start, end in events])
 
 
+def time_graph(call: Callable[[], Any], calls: int = 20, repeats: int = 40) -> Timing:
+    """Milliseconds per call on the device, from replays of a CUDA graph: no host time in between."""
+    graph = torch.cuda.CUDAGraph()
+    call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    total = time_gpu(graph.replay, repeats=repeats, warm_up=5)
+    return Timing(total.median / calls, total.quartile_1 / calls, total.quartile_3 / calls)
+
+
 def time_host(call: Callable[[], Any], calls: int = 2000, repeats: int = 9) -> Timing:
     """Microseconds of host time per call, while the device keeps up."""
     samples = []

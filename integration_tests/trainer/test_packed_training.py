@@ -84,6 +84,32 @@ def test_tokens_are_counted_without_padding(
     assert meter.logs()["tokens_per_second"] == 2 * (1 + 2 + 9 + 6)
 
 
+def test_evaluation_and_saving_do_not_slow_the_tokens(tmp_path: Path) -> None:
+    import time
+
+    class Slow(BarqTrainer):
+        def _save(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(2.0)
+            super()._save(*args, **kwargs)
+
+        def get_eval_dataloader(self, *args: Any) -> Any:
+            time.sleep(2.0)
+            return super().get_eval_dataloader(*args)
+
+    packed = PackedDataset(documents(60), 64)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = Slow(
+        tiny_model("llama"),
+        BarqTrainingArguments(**arguments(tmp_path, max_steps=2, **options)),
+        train_dataset=packed,
+        eval_dataset={"one": packed, "two": packed},
+    )
+    trainer.train()
+    # Two packed rows a step: a step takes milliseconds, six seconds would leave 20 tokens/s.
+    speeds = [e["tokens_per_second"] for e in trainer.state.log_history if "loss" in e]
+    assert len(speeds) == 2 and speeds[1] > 128
+
+
 def test_flops_of_full_and_lora_training() -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model("llama")

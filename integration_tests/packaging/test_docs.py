@@ -1,0 +1,37 @@
+"""Every number in the docs comes from a committed JSON that says where it was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from barqtrain_hf.benchmarks.render import render
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+def test_tables_are_what_the_files_say() -> None:
+    tables = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        tables += text.count("<!-- /")
+        assert render(text, REPOSITORY) == text, f"run barqtrain_hf.benchmarks.render: {page.name}"
+    assert tables >= 4
+
+
+def test_every_measurement_names_its_origin() -> None:
+    files = sorted((REPOSITORY / "docs" / "benchmarks").rglob("*.json"))
+    assert len(files) >= 5
+    for file in files:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        origin = content.get("environment", content)
+        assert origin["device"] and origin["command"] and origin["versions"]["torch"], file
+        assert any(file.name in page.read_text(encoding="utf-8") for page in PAGES), file
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
