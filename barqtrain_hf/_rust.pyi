@@ -6,3 +6,6 @@ import numpy.typing as npt
 def pack_sequences(
     lengths: npt.NDArray[np.int64], max_length: int
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uintp]]: ...
+def pack_in_order(
+    lengths: npt.NDArray[np.int64], order: npt.NDArray[np.uint32], max_length: int
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uintp]]: ...

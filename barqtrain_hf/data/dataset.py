@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from barqtrain_hf.data.packing import plan_rows, positive_int
+from barqtrain_hf.data.packing import plan_mixed_rows, positive_int
 from barqtrain_hf.data.rows import IGNORE_INDEX, ROW_KEYS, Row, join, read_row
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -44,8 +44,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         overflow: what happens to a document longer than that. ``"error"`` refuses it; ``"split"``
             cuts it into documents of ``max_length`` tokens, each of which loses the label of its
             first token; ``"truncate"`` keeps its start; ``"drop"`` leaves it out.
-        seed: shuffles the rows. Packing makes rows of long documents first, which would be a
-            curriculum under a sequential sampler.
+        seed: chooses which short documents share a row, and shuffles the rows, since those of long
+            documents are made first.
 
     Attributes:
         num_documents: documents in the rows; a split document counts once.
@@ -96,10 +96,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 f"max_length={self.max_length} tokens, or overflow='split'."
             )
 
-        self._order, self._offsets = plan_rows(self._lengths, self.max_length)
+        random = np.random.PCG64(seed)
+        self._order, self._offsets = plan_mixed_rows(self._lengths, self.max_length, random)
         rows = len(self._offsets) - 1
-        # Raw generator output is the part of numpy.random that is promised never to change.
-        self._shuffled = np.argsort(np.random.PCG64(seed).random_raw(rows), kind="stable")
+        self._shuffled = np.argsort(random.random_raw(rows), kind="stable")
         tokens = np.add.reduceat(self._lengths[self._order], self._offsets[:-1])
         self.lengths: npt.NDArray[np.int64] = tokens[self._shuffled]
         self.fill = self.num_tokens / (rows * self.max_length)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -50,15 +50,47 @@ def pack_sequences(lengths: Lengths, max_length: int) -> list[npt.NDArray[np.int
 def plan_rows(lengths: Lengths, max_length: int) -> RowPlan:
     """`pack_sequences` without the list: two arrays, however many rows there are."""
     max_length = positive_int("max_length", max_length)
+    return _plan(_rust.pack_sequences, _checked(lengths), max_length)
+
+
+def plan_mixed_rows(lengths: Lengths, max_length: int, random: np.random.PCG64) -> RowPlan:
+    """Packs so that short documents of any length share a row.
+
+    Best-fit-decreasing alone fills a row with documents of one length. Where length tells the task,
+    as it does in instruction data, each batch would then be of one task, and training on it converges
+    several times slower (docs/packing.md). So only documents longer than an eighth of a row go first,
+    longest first; the rest follow in random order. That costs up to 0.1 % of fill.
+
+    Args:
+        lengths: as in `pack_sequences`.
+        max_length: as in `pack_sequences`.
+        random: chooses the order; the plan is a function of it and the other arguments.
+    """
+    max_length = positive_int("max_length", max_length)
+    array = _checked(lengths)
+    # Raw generator output is the part of numpy.random that is promised never to change.
+    shuffled = np.argsort(random.random_raw(len(array)), kind="stable")
+    is_long = array[shuffled] > max_length // 8
+    long, short = shuffled[is_long], shuffled[~is_long]
+    long = long[np.argsort(-array[long], kind="stable")]
+    order = np.concatenate([long, short]).astype(np.uint32)
+    return _plan(_rust.pack_in_order, array, order, max_length)
+
+
+def _checked(lengths: Lengths) -> npt.NDArray[np.int64]:
     array = np.asarray(lengths)
     if array.ndim != 1:
         raise DataError(f"lengths has shape {array.shape}: pass one length per document.")
     if array.size and array.dtype.kind not in "iu":
         raise DataError(f"lengths holds {array.dtype}: pass integers, the tokens per document.")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _plan(
+    pack: Callable[..., tuple[npt.NDArray[np.uint32], npt.NDArray[np.uintp]]], *arguments: Any
+) -> RowPlan:
     try:
-        order, offsets = _rust.pack_sequences(
-            np.ascontiguousarray(array, dtype=np.int64), max_length
-        )
+        order, offsets = pack(*arguments)
     except ValueError as error:
         # The core's sentence names the argument, the value and the fix already.
         raise DataError(str(error)) from None

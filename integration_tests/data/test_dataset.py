@@ -103,7 +103,7 @@ def test_rows_are_shuffled_by_seed_alone():
 
 def test_the_shuffle_is_the_same_on_every_machine():
     packed = PackedDataset(documents([5] * 8), 5, seed=3)
-    assert [int(row["input_ids"][0]) // 1000 for row in packed] == [0, 4, 7, 1, 5, 6, 3, 2]
+    assert [int(row["input_ids"][0]) // 1000 for row in packed] == [4, 7, 5, 1, 6, 0, 3, 2]
 
 
 def test_split_keeps_every_token():
@@ -347,3 +347,25 @@ def test_workers_deliver_what_one_process_does():
         return [(b["input_ids"].tolist(), b["cu_seq_lens_q"].tolist()) for b in loader]
 
     assert batches(1) == batches(0)
+
+
+def test_short_documents_of_all_lengths_share_a_row():
+    # Four tasks of one length each, as instruction data has them.
+    documents = [
+        {"input_ids": [task] * length, "labels": [task] * length}
+        for task, length in enumerate((8, 11, 14, 17))
+        for _ in range(500)
+    ]
+    packed = PackedDataset(documents, 512)
+    assert len(packed) <= -(-packed.num_tokens // 512) + 1
+    for row in list(packed)[:-1]:
+        counts = torch.bincount(row["input_ids"], minlength=4)
+        assert (counts > 0).all(), "a row without one of the tasks"
+
+
+def test_mixing_costs_almost_no_fill():
+    generator = np.random.default_rng(0)
+    lengths = generator.lognormal(np.log(396) - 0.5, 1.0, 20_000).clip(1, 4096).astype(np.int64)
+    flat = np.zeros(lengths.max(), dtype=np.int64)
+    documents = [{"input_ids": flat[:n], "labels": flat[:n]} for n in lengths]
+    assert PackedDataset(documents, 4096).fill > 0.999

@@ -6,4 +6,4 @@
 
 mod packing;
 
-pub use packing::{pack_sequences, PackError, Plan};
+pub use packing::{pack_in_order, pack_sequences, PackError, Plan};

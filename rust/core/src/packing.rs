@@ -1,6 +1,7 @@
-//! Best-fit-decreasing bin packing of documents into rows.
+//! Best-fit bin packing of documents into rows.
 //!
-//! Documents are taken longest first, and each goes to the fullest row that still has room for it.
+//! Documents are taken longest first (best-fit decreasing) or in an order of the caller's, and each
+//! goes to the fullest row that still has room for it.
 //! Lengths are bounded integers, so nothing needs comparing: documents are ordered by a counting
 //! sort, and open rows sit in one bucket per amount of free space, with a bitset over the non-empty
 //! buckets. "Fullest row with room for n tokens" is then "first set bit at or after n": a few
@@ -48,6 +49,8 @@ pub enum PackError {
         /// Tokens in a row.
         max_length: usize,
     },
+    /// The order does not name each document once.
+    NotAPermutation,
     /// More documents than a 32-bit index can name.
     TooManyDocuments {
         /// How many there are.
@@ -74,6 +77,9 @@ impl fmt::Display for PackError {
                 "lengths[{index}] is {length}, more than max_length={max_length}: \
                  split or truncate that document, or raise max_length."
             ),
+            Self::NotAPermutation => {
+                write!(f, "order must name each document of lengths exactly once.")
+            }
             Self::TooManyDocuments { count } => write!(
                 f,
                 "lengths has {count} entries, more than {}: pack the data set in parts.",
@@ -110,6 +116,31 @@ pub fn pack_sequences(lengths: &[i64], max_length: usize) -> Result<Plan, PackEr
         }
     }
     Ok(group_by_row(&sorted.documents, &row_of, open.count()))
+}
+
+/// Packs as [`pack_sequences`] does, but takes the documents in the given order, which keeps what
+/// shares a row as mixed as the order is.
+///
+/// # Errors
+/// As for [`pack_sequences`], or when `order` is no permutation of the documents.
+pub fn pack_in_order(lengths: &[i64], order: &[u32], max_length: usize) -> Result<Plan, PackError> {
+    let Extent { total, .. } = measure(lengths, max_length)?;
+    let mut seen = vec![false; lengths.len()];
+    for &document in order {
+        match seen.get_mut(document as usize) {
+            Some(slot) if !*slot => *slot = true,
+            _ => return Err(PackError::NotAPermutation),
+        }
+    }
+    if order.len() != lengths.len() {
+        return Err(PackError::NotAPermutation);
+    }
+    let mut open = OpenRows::new(max_length.min(total));
+    let row_of: Vec<u32> = order
+        .iter()
+        .map(|&document| open.place(lengths[document as usize] as usize))
+        .collect();
+    Ok(group_by_row(order, &row_of, open.count()))
 }
 
 struct Extent {

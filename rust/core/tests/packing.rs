@@ -1,6 +1,6 @@
 //! Properties of `pack_sequences`, through its public face.
 
-use barqtrain_core::{pack_sequences, PackError, Plan};
+use barqtrain_core::{pack_in_order, pack_sequences, PackError, Plan};
 
 /// xorshift64*: enough randomness for tests, and no dependency.
 struct Rng(u64);
@@ -181,4 +181,43 @@ fn refusals_name_the_document_and_the_value() {
          or raise max_length."
     );
     assert!(pack_sequences(&[i64::MAX], 8).is_err());
+}
+
+#[test]
+fn in_decreasing_order_it_is_best_fit_decreasing() {
+    let mut random = Rng(5);
+    for capacity in [7usize, 64, 1000, 4097] {
+        let lengths = random.lengths(500, capacity);
+        let mut order: Vec<u32> = (0..500).collect();
+        order.sort_by_key(|&d| (-lengths[d as usize], d));
+        assert_eq!(
+            pack_in_order(&lengths, &order, capacity),
+            pack_sequences(&lengths, capacity)
+        );
+    }
+}
+
+#[test]
+fn in_any_order_every_document_once_and_no_row_too_full() {
+    let mut random = Rng(6);
+    for capacity in [1usize, 9, 63, 4096] {
+        let lengths = random.lengths(400, capacity);
+        let mut order: Vec<u32> = (0..400).collect();
+        for i in (1..order.len()).rev() {
+            order.swap(i, random.below(i + 1));
+        }
+        let plan = pack_in_order(&lengths, &order, capacity).unwrap();
+        assert_valid(&plan, &lengths, capacity);
+    }
+}
+
+#[test]
+fn an_order_that_is_no_permutation_is_refused() {
+    for order in [&[0u32, 1][..], &[0, 1, 1], &[0, 1, 3], &[0, 1, 2, 2]] {
+        assert_eq!(
+            pack_in_order(&[1, 2, 3], order, 4),
+            Err(PackError::NotAPermutation)
+        );
+    }
+    assert_eq!(pack_in_order(&[], &[], 4).unwrap().offsets, [0]);
 }

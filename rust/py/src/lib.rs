@@ -23,8 +23,23 @@ fn pack_sequences<'py>(
     Ok((plan.order.into_pyarray(py), plan.offsets.into_pyarray(py)))
 }
 
+/// Best-fit plan that takes the documents in the given order.
+#[pyfunction]
+fn pack_in_order<'py>(
+    py: Python<'py>,
+    lengths: PyReadonlyArray1<'py, i64>,
+    order: PyReadonlyArray1<'py, u32>,
+    max_length: usize,
+) -> PyResult<PlanArrays<'py>> {
+    let (lengths, order) = (lengths.as_slice()?, order.as_slice()?);
+    let plan = py
+        .detach(|| barqtrain_core::pack_in_order(lengths, order, max_length))
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
+    Ok((plan.order.into_pyarray(py), plan.offsets.into_pyarray(py)))
+}
+
 #[pymodule]
 mod _rust {
     #[pymodule_export]
-    use super::pack_sequences;
+    use super::{pack_in_order, pack_sequences};
 }
