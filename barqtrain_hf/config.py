@@ -35,7 +35,7 @@ class BarqConfig:
                     f"barq_config: {name}={getattr(self, name)!r} must be true or false."
                 )
         extra = self.max_extra_bytes
-        if extra is not None and (not isinstance(extra, int) or extra <= 0):
+        if extra is not None and (type(extra) is not int or extra <= 0):
             raise ArgumentError(
                 f"barq_config: max_extra_bytes={extra!r} must be a positive integer."
             )
@@ -52,7 +52,11 @@ class BarqConfig:
             return value
         if isinstance(value, str):
             is_file = Path(value).suffix in (".json", ".yaml", ".yml")
-            value = yaml.safe_load(Path(value).read_text(encoding="utf-8") if is_file else value)
+            try:
+                text = Path(value).read_text(encoding="utf-8") if is_file else value
+                value = yaml.safe_load(text)
+            except (OSError, yaml.YAMLError) as error:
+                raise ArgumentError(f"barq_config={value!r} cannot be read: {error}") from None
         if value is None:
             return cls()
         if not isinstance(value, dict):

@@ -35,9 +35,9 @@ def flops_per_token(model: nn.Module) -> float:
     visited = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
     flops = 0.0
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or (
-            id(parameter) in embedding_weights and id(parameter) not in head_weights
-        ):
+        is_lookup = id(parameter) in embedding_weights and id(parameter) not in head_weights
+        # PEFT keeps an unused original beside a module it trains whole.
+        if parameter.dim() < 2 or is_lookup or ".original_module." in name:
             continue
         share = visited if ".experts." in name else 1.0
         flops += share * parameter.numel() * (6.0 if parameter.requires_grad else 4.0)

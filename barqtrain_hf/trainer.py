@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
@@ -36,32 +35,40 @@ class BarqTrainer(Trainer):
         DataError: an empty train_dataset.
     """
 
-    def __init__(
-        self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any
-    ) -> None:
-        self._kernels = _kernels_callback(args)
+    @functools.wraps(Trainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        given.pop("self")
+        training_args = given.get("args")
+        self._kernels = _kernels_callback(training_args)
         self._loss_only = False
         self._meter: ThroughputMeter | None = None
-        names = list(inspect.signature(Trainer.__init__).parameters)[3:]
-        kwargs.update(zip(names, rest, strict=False))
-        train_dataset = kwargs.get("train_dataset")
-        _check_dataset(train_dataset)
-        if kwargs.get("data_collator") is None and isinstance(train_dataset, PackedDataset):
-            kwargs["data_collator"] = BarqDataCollator()
-        super().__init__(model, args, **kwargs)
+        datasets = [given.get("train_dataset"), *_each(given.get("eval_dataset"))]
+        if hasattr(datasets[0], "__len__") and len(datasets[0]) == 0:
+            raise DataError("train_dataset is empty: there is nothing to train on.")
+        if given.get("data_collator") is None and any(
+            isinstance(d, PackedDataset) for d in datasets
+        ):
+            given["data_collator"] = BarqDataCollator()  # it takes rows that are not packed too
+        super().__init__(**given)
         if self.args.n_gpu > 1:
             raise UnsupportedError(
                 f"BarqTrainer does not run in nn.DataParallel ({self.args.n_gpu} GPUs in one process).",
                 "Start one process per GPU with `accelerate launch` or `torchrun`, or set "
                 "CUDA_VISIBLE_DEVICES=0.",
             )
-        liger = self.args.liger_kernel_config or {}
-        if self.args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
-            raise UnsupportedError(
-                "use_liger_kernel=True installs Liger's fused cross-entropy, which would replace ours.",
-                'Drop it, or pass liger_kernel_config={"fused_linear_cross_entropy": False}.',
-            )
         if self._kernels is not None:
+            liger = self.args.liger_kernel_config or {}
+            if (
+                self.args.use_liger_kernel
+                and self._kernels.config.linear_cross_entropy
+                and liger.get("fused_linear_cross_entropy", True)
+            ):
+                raise UnsupportedError(
+                    "use_liger_kernel=True installs Liger's fused cross-entropy, which would replace "
+                    "ours.",
+                    'Drop it, or pass liger_kernel_config={"fused_linear_cross_entropy": False}.',
+                )
             self._kernels.install_head(self.model)
             self.add_callback(self._kernels)
 
@@ -83,6 +90,8 @@ class BarqTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; the stock forwards are back afterwards, whatever happened."""
         try:
+            if self._kernels is not None and self.model is not None:
+                self._kernels.install_head(self.model)  # the head may have been replaced since
             return super().train(*args, **kwargs)
         finally:
             self._meter = None
@@ -97,7 +106,7 @@ class BarqTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The stock loss, computed in the head without logits wherever nobody needs them."""
-        if not self._fuses(inputs, return_outputs):
+        if not self._fuses(model, inputs, return_outputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         takes_count = _smoother_takes_count() if smoothing else self.model_accepts_loss_kwargs
@@ -106,7 +115,14 @@ class BarqTrainer(Trainer):
             smoothing,
             self._kernels.config.max_extra_bytes if self._kernels else None,
         )
-        loss = model(**inputs, fused_loss=fused)["loss"]
+        outputs = model(**inputs, fused_loss=fused)
+        if "logits" in outputs:
+            raise UnsupportedError(
+                f"{type(model).__name__} did not pass fused_loss on to the model it wraps, so its loss "
+                "would be divided wrongly.",
+                'Pass barq_config={"linear_cross_entropy": False}.',
+            )
+        loss = outputs["loss"]
         if (
             self.args.average_tokens_across_devices
             and self.model_accepts_loss_kwargs
@@ -117,12 +133,11 @@ class BarqTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // parallel)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _fuses(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
+    def _fuses(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> bool:
         """Whether this loss can be computed in the head; a reason against it is put in the report."""
-        report = self.barq_report
-        if FUSED_HEAD not in report.installed:
+        if self._kernels is None or not self._kernels.config.linear_cross_entropy:
             return False
-        base = unwrap(self.model)
+        base = unwrap(model)
         reason = None
         if return_outputs and not self._loss_only:
             reason = "the logits are needed (compute_metrics, or a subclass that asks for outputs)"
@@ -134,10 +149,12 @@ class BarqTrainer(Trainer):
             reason = "Trainer smooths this model's labels without a shift"
         elif getattr(getattr(self.accelerator, "parallelism_config", None), "sp_enabled", False):
             reason = "sequence parallelism computes its own loss"
-        else:
+        elif FUSED_HEAD in self.barq_report.installed:
             reason = head_unsupported(base, inputs)
+        else:
+            return False  # never installed, which the report says already
         if reason is not None:
-            report.fall_back(FUSED_HEAD, reason)
+            self.barq_report.fall_back(FUSED_HEAD, reason)
         return reason is None
 
     def prediction_step(
@@ -148,7 +165,10 @@ class BarqTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> Any:
         """As in Trainer; where only the loss is wanted, no logits are made."""
-        self._loss_only = prediction_loss_only
+        # A subclass's compute_loss may read the outputs it asks for.
+        self._loss_only = (
+            prediction_loss_only and type(self).compute_loss is BarqTrainer.compute_loss
+        )
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
@@ -201,9 +221,8 @@ def _kernels_callback(args: TrainingArguments | None) -> BarqKernelsCallback | N
     return BarqKernelsCallback(BarqConfig.load(getattr(args, "barq_config", None)))
 
 
-def _check_dataset(dataset: Dataset[Any] | None) -> None:
-    if dataset is not None and hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise DataError("train_dataset is empty: there is nothing to train on.")
+def _each(dataset: Any) -> list[Any]:
+    return list(dataset.values()) if isinstance(dataset, dict) else [dataset]
 
 
 @functools.cache

@@ -29,8 +29,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     # Small enough caps that a forgotten one changes the loss in the third digit.
     "gemma2": ("Gemma2", {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 5.0}),
+    "granite": ("Granite", {"logits_scaling": 8.0}),
+    "cohere": ("Cohere", {"logit_scale": 0.25}),
     "gpt2": ("GPT2", {}),
 }
+# Norms of these are LayerNorms.
+WITHOUT_RMS_NORM = ("cohere", "gpt2")
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:

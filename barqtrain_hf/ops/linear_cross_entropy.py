@@ -88,6 +88,8 @@ def linear_cross_entropy(
         if num_items is None:
             num_items = (flat_target != ignore_index).sum().clamp(min=1)
         divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
+        # No target in the whole batch: a loss of zero and not of 0 / 0.
+        divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
     elif num_items is not None:
         raise ArgumentError(
             f"linear_cross_entropy: num_items divides reduction='mean', not {reduction!r}; drop it."
@@ -226,6 +228,7 @@ def _forward(
             losses[rows] = chunk_losses
             if dz is not None:
                 grads.add(rows, h, cast_weight, dz.mul_(factor))
+            del dz  # or it would live beside the next chunk's logits
     loss = losses if per_row else losses.sum() / divisor
     return (loss, *grads.results())
 
@@ -257,8 +260,8 @@ def _recompute(
             options = (label_smoothing, z_loss, softcap, logit_scale)
             _, dz = _chunk(h, cast_weight, bias, target[rows], *options, want_grad=True)
             assert dz is not None
-            dz.mul_(upstream[rows].unsqueeze(1))
-            grads.add(rows, h, cast_weight, dz)
+            grads.add(rows, h, cast_weight, dz.mul_(upstream[rows].unsqueeze(1)))
+            del dz  # or it would live beside the next chunk's logits
     return grads.results()
 
 
@@ -325,11 +328,11 @@ class _Gradients:
         self._compute_dtype = dtype
         wanted = (hidden_grad, weight_grad, bias_grad)
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        self.hidden, self.weight, self.bias = (
+        self._wanted = wanted
+        self.hidden, self._weight, self.bias = (
             hidden.new_zeros(shape if want else 0, dtype=torch.float32)
             for shape, want in zip(shapes, wanted, strict=True)
         )
-        self._wanted = wanted
 
     def add(
         self,
@@ -342,26 +345,33 @@ class _Gradients:
         hidden_grad, weight_grad, bias_grad = self._wanted
         if bias_grad:
             self.bias += dz.sum(0)
-        dz = dz.to(self._compute_dtype)
+        if dz.is_cuda:
+            dz = dz.to(self._compute_dtype)
         if hidden_grad:
             self.hidden[rows] = _product(dz, weight)
         if weight_grad:
-            self.weight += _product(dz.t(), hidden)
+            _add_product(self._weight, dz.t(), hidden)
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The three gradients, empty where not wanted."""
-        return self.hidden, self.weight, self.bias
+        return self.hidden, self._weight, self.bias
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """``left @ right`` in fp32; 16-bit operands keep the fp32 accumulator where the device can."""
     if left.dtype is torch.float32:
-        return torch.mm(left, right)
-    if not left.is_cuda:
-        return torch.mm(left.float(), right.float())
+        return torch.mm(left, right.float())
     if torch.cuda.get_device_capability(left.device)[0] >= 8:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right).float()
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``total += left @ right``, in place where no 16-bit product is in between."""
+    if left.dtype is torch.float32:
+        total.addmm_(left, right.float())
+    else:
+        total += _product(left, right)
 
 
 def _valid_rows(target: torch.Tensor, ignore_index: int, vocabulary: int) -> torch.Tensor | slice:

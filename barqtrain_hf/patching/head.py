@@ -17,15 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 
 from barqtrain_hf.ops.linear_cross_entropy import linear_cross_entropy
 from barqtrain_hf.patching import probe
 
 OP = "linear_cross_entropy"
+_MARK = "_takes_fused_loss"  # set on our root forwards
 
 
 class FusedLoss:
@@ -69,18 +67,39 @@ def install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
     bound = [(leaf, types.MethodType(_head_forward, leaf)) for leaf in _leaves(model)]
     for leaf, forward in bound:
         leaf.forward = forward
-    difference = _probe(model, root_forward)
+    difference: str | None = "the probe was interrupted"
+    try:
+        difference = _probe(model, root_forward)
+    finally:
+        if difference is not None:
+            for leaf, _ in bound:
+                del leaf.forward
     if difference is not None:
-        for leaf, _ in bound:
-            del leaf.forward
         return f"its loss is not plain cross-entropy over the head's logits: {difference}"
     forward = types.MethodType(root_forward, model)
     model.forward = forward
     return [*bound, (model, forward)]
 
 
+def is_bound(model: nn.Module) -> bool:
+    """Whether the root and every current copy of the head take a `FusedLoss`.
+
+    The root's forward may have been wrapped since, by accelerate's autocast. A head may have been
+    replaced, by resize_token_embeddings for one.
+    """
+    forward = model.__dict__.get("forward")
+    while forward is not None and not hasattr(getattr(forward, "__func__", forward), _MARK):
+        forward = getattr(forward, "__wrapped__", None)
+    return forward is not None and all(
+        getattr(leaf.__dict__.get("forward"), "__func__", None) is _head_forward
+        for leaf in _leaves(model)
+    )
+
+
 def head_unsupported(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Why this call of a patched model must take the stock forward, or None."""
+    """Why this call of a model must take the stock forward, or None."""
+    if not is_bound(model):
+        return "the model was not patched for it, or has been unpatched or changed since"
     if inputs.get("labels") is None and inputs.get("shift_labels") is None:
         return "no labels in the batch"
     if getattr(model.config, "output_router_logits", False) or inputs.get("output_router_logits"):
@@ -112,6 +131,7 @@ def _root_forward(cls: type[nn.Module]) -> Any:
     # The Trainer reads the signature for column names, generate() for model kwargs. Not
     # functools.wraps: accelerate follows __wrapped__ when it unwraps, and would drop this forward.
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+    setattr(forward, _MARK, True)
     return forward
 
 
@@ -142,7 +162,7 @@ def _logit_scale(config: Any) -> float:
 
 
 def _leaves(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers behind the head: itself, or both copies under PEFT's modules_to_save."""
+    """The linear layers behind the head: itself, or all copies under PEFT's modules_to_save."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         return [head.original_module, *head.modules_to_save.values()]
@@ -181,24 +201,32 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
     weight, device = leaf.weight, leaf.weight.device
     dtype = weight.dtype
     generator = torch.Generator(device).manual_seed(0)
-    hidden = torch.randn(1, 9, weight.shape[1], generator=generator, device=device)
-    with torch.no_grad():
-        # Logits of about ±30, so that a softcap shows.
-        hidden *= 30.0 / F.linear(hidden.to(dtype), weight).float().std().clamp(min=1e-6)
-    hidden = hidden.to(dtype).requires_grad_()
     labels = torch.randint(weight.shape[0], (1, 9), generator=generator, device=device)
     labels[0, 3:5] = -100
     inputs = {"input_ids": torch.zeros_like(labels), "labels": labels}
     try:
+        hidden = torch.randn(1, 9, weight.shape[1], generator=generator, device=device)
+        with torch.no_grad():
+            # Logits of about ±30, so that a softcap shows.
+            hidden *= 30.0 / F.linear(hidden.to(dtype), weight).float().std().clamp(min=1e-6)
+        hidden = hidden.to(dtype).requires_grad_()
         with _given_hidden_states(model, hidden):
             stock = type(model).forward(model, **inputs, num_items_in_batch=5).loss
             ours = root_forward(model, **inputs, fused_loss=FusedLoss(num_items=5)).loss
         (stock_grad,) = torch.autograd.grad(stock, hidden)
         (our_grad,) = torch.autograd.grad(ours, hidden)
-    except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except Exception as error:  # whatever a foreign forward raises, its loss is not ours
         return f"the probe fails: {type(error).__name__}: {error}"
     names = ("the loss", "its gradient")
     return probe.first_difference(names, (ours, our_grad), (stock, stock_grad), dtype)
+
+
+class _GivenOutput(BaseModelOutputWithPast):
+    """A base model's output; what only some have, such as router logits, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 @contextmanager
@@ -206,8 +234,8 @@ def _given_hidden_states(model: nn.Module, hidden: torch.Tensor) -> Iterator[Non
     base = model.base_model
     previous = base.__dict__.get("forward")
 
-    def stub(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+    def stub(*args: Any, **kwargs: Any) -> _GivenOutput:
+        return _GivenOutput(last_hidden_state=hidden)
 
     base.forward = stub  # type: ignore[union-attr]
     try:

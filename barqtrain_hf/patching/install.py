@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import types
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from barqtrain_hf.config import BarqConfig
 from barqtrain_hf.patching import head, norms
 from barqtrain_hf.patching.report import PatchReport
+from barqtrain_hf.runtime import cuda_unavailable_reason
+
+logger = logging.getLogger(__name__)
+
+# Where a model keeps its _Patches. On the model itself, so that both are collected together and a
+# deep copy of a patched model knows what is bound in it.
+_ATTRIBUTE = "_barq_patches"
 
 
 class _Patches:
@@ -20,9 +29,6 @@ class _Patches:
         self.report = PatchReport()
         self.leaves: list[tuple[nn.Module, Any]] = []
         self.head: list[tuple[nn.Module, Any]] = []
-
-
-_patches: WeakKeyDictionary[nn.Module, _Patches] = WeakKeyDictionary()
 
 
 def patch_model(
@@ -38,7 +44,7 @@ def patch_model(
     for it. Every forward falls back to the stock one for calls it does not cover.
 
     Args:
-        model: a transformers model, plain or under PEFT.
+        model: a transformers model, plain or under PEFT, DDP, FSDP or torch.compile.
         config: which ops; see `BarqConfig.load`.
         leaves: bind leaf ops such as norms.
         fused_head: bind the loss in the LM head.
@@ -48,23 +54,26 @@ def patch_model(
     """
     config = BarqConfig.load(config)
     base = unwrap(model)
-    patches = _patches.setdefault(base, _Patches())
-    report = patches.report
-    if fused_head and config.linear_cross_entropy and not patches.head:
+    patches = base.__dict__.setdefault(_ATTRIBUTE, _Patches())
+    if fused_head and config.linear_cross_entropy and not head.is_bound(base):
+        unpatch_model(base, leaves=False)
+        patches.report.forget(head.OP)
         result = head.install(base)
         if isinstance(result, str):
-            report.skipped = {k: v for k, v in report.skipped.items() if k[0] != head.OP}
-            report.skip(head.OP, "", result)
+            patches.report.skip(head.OP, "", result)
         else:
             patches.head = result
-            report.add(head.OP, "the LM head")
+            patches.report.add(head.OP, "the LM head")
     if leaves and config.rms_norm and not patches.leaves:
-        report.installed.pop(norms.OP, None)
-        report.skipped = {k: v for k, v in report.skipped.items() if k[0] != norms.OP}
+        patches.report.forget(norms.OP)
         for name, module in base.named_modules():
             if norms.is_candidate(module):
                 _bind_norm(base, name, module, patches)
-    return report
+    reason = cuda_unavailable_reason()
+    if reason is not None and torch.cuda.is_available() and not patches.report.notes:
+        patches.report.notes.append(reason)
+        logger.warning("barqtrain_hf runs without its CUDA kernels: %s", reason)
+    return patches.report
 
 
 def unpatch_model(model: nn.Module, *, leaves: bool = True, fused_head: bool = True) -> None:
@@ -73,7 +82,7 @@ def unpatch_model(model: nn.Module, *, leaves: bool = True, fused_head: bool = T
     The root's forward stays where another package has wrapped it since (accelerate's autocast does):
     it is inert, and taking it out would take the wrapper with it.
     """
-    patches = _patches.get(unwrap(model))
+    patches = unwrap(model).__dict__.get(_ATTRIBUTE)
     if patches is None:
         return
     for chosen, bound in ((leaves, patches.leaves), (fused_head, patches.head)):
@@ -85,10 +94,8 @@ def unpatch_model(model: nn.Module, *, leaves: bool = True, fused_head: bool = T
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside torch.compile, DDP and PEFT wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    """The transformers model inside torch.compile, DDP, FSDP, DeepSpeed and PEFT wrappers."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
 
 

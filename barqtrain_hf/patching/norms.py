@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from barqtrain_hf.errors import BarqError
 from barqtrain_hf.ops.rms_norm import rms_norm
 from barqtrain_hf.patching import probe
 from barqtrain_hf.patching.report import PatchReport
@@ -85,8 +86,11 @@ def _mode(module: nn.Module, dtype: torch.dtype) -> bool | str:
     """The probe's answer, found once per class and dtypes: a model has one kind of norm many times."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    epsilon = getattr(module, str(_epsilon_name(module)))
-    key = (type(module), weight.shape, epsilon, weight.dtype, weight.device, dtype)
+    # Instances of one class may differ by a flag: every plain attribute is part of the question.
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+    plain.pop("training", None)
+    flags = tuple(sorted(plain.items()))
+    key = (type(module), flags, weight.shape, weight.dtype, weight.device, dtype)
     if key not in _probed:
         _probed[key] = _probe(module, dtype)
     return _probed[key]
@@ -101,31 +105,36 @@ def _probe(module: nn.Module, dtype: torch.dtype) -> bool | str:
     generator = torch.Generator(device).manual_seed(0)
     # Enough elements that the few on a rounding boundary stay few.
     shape = (max(3, 4096 // len(stock_weight)), len(stock_weight))
-    x = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+    x = torch.randn(shape, generator=generator, device=device)
+    epsilon = getattr(module, str(_epsilon_name(module)))
+    if epsilon > 0:
+        x[::2] *= epsilon**0.5  # rows so small that epsilon, and where it is added, shows
+    x = x.to(dtype).requires_grad_()
     weight = torch.randn(shape[1:], generator=generator, device=device).to(stock_weight.dtype)
     weight = nn.Parameter(weight)
-    epsilon = getattr(module, str(_epsilon_name(module)))
     module._parameters["weight"] = weight
     try:
         stock = type(module).forward(module, x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"its stock forward fails on a probe: {error}"
+        if not isinstance(stock, torch.Tensor) or stock.shape != x.shape:
+            return "its forward does not return one tensor of the input's shape"
+        upstream = torch.randn(shape, generator=generator, device=device).to(stock.dtype)
+        stock_grads = torch.autograd.grad(stock, (x, weight), upstream)
+    except Exception as error:  # whatever a foreign forward raises, the op is not for it
+        return f"its stock forward fails on the probe: {type(error).__name__}: {error}"
     finally:
         module._parameters["weight"] = stock_weight  # type: ignore[assignment]
-    if not isinstance(stock, torch.Tensor) or stock.shape != x.shape:
-        return "its forward does not return one tensor of the input's shape"
-    upstream = torch.randn(shape, generator=generator, device=device).to(stock.dtype)
-    stock_grads = torch.autograd.grad(stock, (x, weight), upstream)
     coarsest = dtype if dtype is not torch.float32 else stock_weight.dtype
     reason: str | None = None
     for zero_centered in (False, True):
-        ours = rms_norm(x, weight, epsilon, zero_centered=zero_centered)
+        try:
+            ours = rms_norm(x, weight, epsilon, zero_centered=zero_centered)
+            grads = torch.autograd.grad(ours, (x, weight), upstream.to(ours.dtype))
+        except (BarqError, RuntimeError) as error:  # a dtype without kernel, a failed compilation
+            return f"the op fails on the probe: {error}"
         reason = probe.same_rounding(ours, stock, coarsest)
         if reason is None:
-            grads = torch.autograd.grad(ours, (x, weight), upstream)
-            reason = probe.first_difference(
-                ("gradient of x", "gradient of weight"), grads, stock_grads, coarsest
-            )
+            names = ("gradient of x", "gradient of weight")
+            reason = probe.first_difference(names, grads, stock_grads, coarsest)
             if reason is None:
                 return zero_centered
     return f"{type(module).__name__} is another kind of norm: {reason}"

@@ -34,7 +34,7 @@ def close(ours: torch.Tensor, stock: torch.Tensor, dtype: torch.dtype) -> str | 
     """Why two tensors differ by more than rounding in ``dtype`` explains, or None."""
     difference = (ours.double() - stock.double()).norm()
     relative = (difference / stock.double().norm().clamp(min=1e-30)).item()
-    tolerance = _GRADIENT_TOLERANCE[dtype]
+    tolerance = _GRADIENT_TOLERANCE.get(dtype, 0.0)
     if relative <= tolerance:  # NaN fails
         return None
     return f"differs by {relative:.1e}, more than {tolerance:.0e}"

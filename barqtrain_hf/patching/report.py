@@ -12,12 +12,14 @@ class PatchReport:
         installed: op to the names of the modules that use it.
         skipped: (op, reason) to the names of the modules that keep their stock forward.
         fallbacks: (op, reason) to how many calls took the stock forward although installed.
+        notes: what holds for all ops, such as why no CUDA kernel can run.
     """
 
     def __init__(self) -> None:
         self.installed: dict[str, list[str]] = {}
         self.skipped: dict[tuple[str, str], list[str]] = {}
         self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.notes: list[str] = []
 
     def add(self, op: str, module: str) -> None:
         """Records that ``module`` now uses ``op``."""
@@ -27,12 +29,17 @@ class PatchReport:
         """Records that ``module`` keeps its stock forward."""
         self.skipped.setdefault((op, reason), []).append(module)
 
+    def forget(self, op: str) -> None:
+        """Drops what was installed and skipped of ``op``, which is being installed again."""
+        self.installed.pop(op, None)
+        self.skipped = {key: modules for key, modules in self.skipped.items() if key[0] != op}
+
     def fall_back(self, op: str, reason: str) -> None:
         """Records one call that took the stock forward."""
         self.fallbacks[op, reason] += 1
 
     def __str__(self) -> str:
-        lines = ["barqtrain_hf:"]
+        lines = ["barqtrain_hf:", *(f"  {note}" for note in self.notes)]
         for op, modules in self.installed.items():
             lines.append(f"  {op}: installed in {_count(modules)}")
         for (op, reason), modules in self.skipped.items():

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,7 +135,11 @@ def cubin_for(source: str, name: str, arch: str) -> tuple[Path, str]:
 def cache_dir() -> Path:
     """``BARQ_KERNEL_CACHE`` if set, else a folder in the user's cache directory."""
     override = os.environ.get("BARQ_KERNEL_CACHE")
-    return Path(override) if override else platformdirs.user_cache_path("barqtrain_hf") / "kernels"
+    return (
+        Path(override).expanduser()
+        if override
+        else platformdirs.user_cache_path("barqtrain_hf") / "kernels"
+    )
 
 
 @functools.cache
@@ -187,14 +192,12 @@ def _write_entry(directory: Path, key: str, cubin: bytes, lowered: str) -> tuple
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _text(value: str | bytes) -> str:

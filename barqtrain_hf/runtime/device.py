@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 # exist only there, and an "a" cubin runs on every Hopper.
 SHIPPED_ARCHITECTURES = ("75", "80", "86", "89", "90a", "100", "120")
 
-# Dense 16-bit tensor-core peak in FLOP/s (bf16, or fp16 where there is no bf16), by a part of the
+# Dense 16-bit tensor-core peak in FLOP/s (bf16, or fp16 where there is no bf16), by whole words of the
 # device name, first match wins; from the vendor's datasheets. The denominator of MFU, nothing else.
 _PEAK_FLOPS = (
     ("B200", 2250e12),
@@ -50,7 +51,7 @@ def sm_count(device_index: int) -> int:
 def peak_flops(device_index: int) -> float | None:
     """Dense 16-bit peak of the device in FLOP/s, or None for a device not in the table."""
     name = torch.cuda.get_device_name(device_index)
-    return next((flops for part, flops in _PEAK_FLOPS if part in name), None)
+    return next((f for part, f in _PEAK_FLOPS if re.search(rf"\b{part}\b", name)), None)
 
 
 @torch.compiler.assume_constant_result

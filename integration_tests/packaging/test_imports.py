@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"_rust", "errors"},
     "metrics": {"runtime"},
     "ops": {"errors", "runtime"},
-    "patching": {"config", "ops"},
+    "patching": {"config", "errors", "ops", "runtime"},
     "runtime": {"errors"},
     "trainer": {"callbacks", "config", "data", "errors", "metrics", "patching"},
 }

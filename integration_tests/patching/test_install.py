@@ -9,10 +9,10 @@ import pytest
 import torch
 from models import FAMILIES, tiny_model
 from torch import nn
-from transformers import Olmo2Config, Olmo2ForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, Olmo2Config, Olmo2ForCausalLM
 
 from barqtrain_hf import BarqConfig, patch_model, unpatch_model
-from barqtrain_hf.patching import FusedLoss
+from barqtrain_hf.patching import FusedLoss, head_unsupported
 
 IDS = torch.arange(3, 23)[None]
 
@@ -165,3 +165,113 @@ def test_signature_is_the_stock_one() -> None:
 
 def test_report_of_nothing() -> None:
     assert "nothing to install" in str(patch_model(nn.ReLU(), {"linear_cross_entropy": False}))
+
+
+def test_instances_of_one_class_are_told_apart() -> None:
+    class Norm(nn.Module):
+        def __init__(self, unit_offset: bool) -> None:
+            super().__init__()
+            self.weight, self.eps, self.unit_offset = (
+                nn.Parameter(torch.randn(16)),
+                1e-6,
+                unit_offset,
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+            return (normed * (1.0 + self.weight if self.unit_offset else self.weight)).to(x.dtype)
+
+    model = nn.Sequential(Norm(False), Norm(True))
+    x = torch.randn(3, 16)
+    stock = model(x)
+    assert len(patch_model(model).installed["rms_norm"]) == 2
+    torch.testing.assert_close(model(x), stock)
+
+
+@pytest.mark.parametrize("where", ["root of the mean square", "nowhere"])
+def test_epsilon_in_another_place_is_another_norm(where: str) -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(16)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            root = x.square().mean(-1, keepdim=True).sqrt()
+            return self.weight * (x / (root + self.eps if where != "nowhere" else root))
+
+    report = patch_model(nn.Sequential(Norm()))
+    assert "rms_norm" not in report.installed and "another kind of norm" in str(report)
+
+
+def test_a_norm_whose_forward_raises_is_left_alone() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(16)), 1e-6
+
+        def forward(self, x: torch.Tensor, gate: Any = None) -> torch.Tensor:
+            return x * gate.to(x.dtype)
+
+    report = patch_model(nn.Sequential(Gated()))
+    assert "fails on the probe: AttributeError" in str(report)
+
+
+def test_fp64_is_left_alone() -> None:
+    report = patch_model(tiny_model("llama").double())
+    assert not report.installed
+    assert "float64" in str(report)
+
+
+def test_mixture_of_experts_and_its_router_loss() -> None:
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = MixtralForCausalLM(config)
+    report = patch_model(model)
+    assert "linear_cross_entropy" in report.installed, str(report)
+    inputs = {"input_ids": IDS, "labels": IDS}
+    fused = model(**inputs, fused_loss=FusedLoss()).loss
+    torch.testing.assert_close(fused, model(**inputs).loss)
+    assert head_unsupported(model, inputs) is None
+    assert "router" in str(head_unsupported(model, {**inputs, "output_router_logits": True}))
+    model.config.output_router_logits = True
+    assert "router" in str(head_unsupported(model, inputs))
+
+
+def test_calls_that_need_the_stock_forward() -> None:
+    model = tiny_model("llama")
+    inputs: dict[str, Any] = {"input_ids": IDS, "labels": IDS}
+    assert "not patched" in str(head_unsupported(model, inputs))
+    patch_model(model)
+    assert head_unsupported(model, inputs) is None
+    for extra in (
+        {"labels": None},
+        {"logits_to_keep": 1},
+        {"logits_to_keep": torch.tensor([0])},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+    ):
+        assert head_unsupported(model, {**inputs, **extra}), extra
+    unpatch_model(model)
+    assert "unpatched" in str(head_unsupported(model, inputs))
+
+
+def test_missing_kernels_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from barqtrain_hf.patching import install
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        install, "cuda_unavailable_reason", lambda: "CuPy cannot be imported: pip …"
+    )
+    model = nn.Sequential(nn.ReLU())
+    report = patch_model(model)
+    assert "CuPy cannot be imported" in str(patch_model(model)) == str(report)
+    assert len(caplog.records) == 1 and "without its CUDA kernels" in caplog.text

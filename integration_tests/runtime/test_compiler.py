@@ -44,6 +44,32 @@ def test_the_command_prints_resources(capsys: pytest.CaptureFixture[str]) -> Non
     assert "column_sum<float>" in printed and "0 spill" in printed
 
 
+def test_a_spill_is_seen_and_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 80 live floats in a thread that may have 32 registers.
+    spilling = """
+        // instantiate: hoard<80>
+        template <int N> __global__ void __launch_bounds__(1024, 2) hoard(float* x, int n) {
+          float held[N];
+          for (int k = 0; k < N; ++k) held[k] = x[k * n + threadIdx.x];
+          __syncthreads();
+          for (int k = 0; k < N; ++k) x[k * n + threadIdx.x] = held[N - 1 - k] * held[k];
+        }"""
+    source = "\n".join(line.strip() for line in spilling.splitlines())
+    monkeypatch.setattr(compiler, "read_source", lambda _: source)
+    instantiations.cache_clear()
+    try:
+        assert (
+            compile_program("rms_norm.cu", ("hoard<80>",), "80").resources["hoard<80>"].spill_bytes
+            > 0
+        )
+        assert main(["--arch", "80"]) == 1
+        assert "1 kernels compiled, 1 spill" in capsys.readouterr().out
+    finally:
+        instantiations.cache_clear()
+
+
 def test_the_command_fails_on_an_unknown_architecture(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--arch", "12"]) == 1
     assert "cannot compile for sm_12" in capsys.readouterr().err
@@ -108,6 +134,20 @@ def test_many_processes_build_at_once(cache: Path) -> None:
     assert len({output.split()[1] for output in outputs}) == 1
     assert not [p for p in cache.iterdir() if p.name.startswith(".")], "temporary files left"
     assert cubin_for(SOURCE, NAME, "80")[0].is_file()
+
+
+def test_a_write_that_is_cut_short_leaves_nothing(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cubin_for(SOURCE, NAME, "80")
+    assert list(cache.iterdir()) == []
+    assert cubin_for(SOURCE, NAME, "80")[0].stat().st_mode & 0o044, "others cannot read the cache"
 
 
 def test_an_unwritable_cache_falls_back_with_a_warning(

@@ -24,11 +24,12 @@ def kernel() -> Kernel:
     return Kernel("rms_norm.cu", "column_sum<float>", PARAMETERS)
 
 
-def test_wrong_count() -> None:
-    with pytest.raises(
-        ArgumentError, match=r"takes 4 arguments \(partial, out, parts, dim\), got 2"
-    ):
-        kernel()(GRID, BLOCK, torch.ones(1, 4), torch.ones(4))
+@pytest.mark.parametrize("count", [2, 5])
+def test_wrong_count(count: int) -> None:
+    values = [_FakeCuda(torch.ones(1, 4)), _FakeCuda(torch.ones(4)), 1, 4, 5][:count]
+    message = rf"takes 4 arguments \(partial, out, parts, dim\), got {count}"
+    with pytest.raises(ArgumentError, match=message):
+        kernel()(GRID, BLOCK, *values)
 
 
 @pytest.mark.parametrize(
@@ -36,25 +37,26 @@ def test_wrong_count() -> None:
     [
         (0, torch.ones(1, 4).half(), ArgumentTypeError, r"partial must be torch\.float32"),
         (0, 3, ArgumentTypeError, "partial must be a tensor, got int"),
-        (1, torch.ones(4), ArgumentError, "out is on cpu"),
+        (0, torch.ones(4, 4)[:, :2], ArgumentError, r"partial of shape \(4, 2\) .* not contiguous"),
+        (1, torch.ones(4).double(), ArgumentTypeError, r"out must be torch\.float32"),
+        (1, torch.ones(8)[::2], ArgumentError, "out of shape .* is not contiguous"),
+        (1, "cpu", ArgumentError, "out is on cpu"),
+        (1, "other", ArgumentError, "out is on .*, the arguments before it on cuda:0"),
         (2, 1.0, ArgumentTypeError, r"parts=1\.0 does not fit int32"),
         (3, 2**31, ArgumentTypeError, "dim=2147483648 does not fit int32"),
     ],
 )
 def test_wrong_arguments(position: int, value: Any, error: type[Exception], message: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "meta"
-    values: list[Any] = [torch.ones(1, 4, device=device), torch.ones(4, device=device), 1, 4]
-    if device == "meta" and position != 0:
-        values[0] = _FakeCuda(values[0])
-        values[1] = _FakeCuda(values[1])
+    values: list[Any] = [_FakeCuda(torch.ones(1, 4)), _FakeCuda(torch.ones(4)), 1, 4]
+    if isinstance(value, str):
+        on_cpu = value == "cpu"
+        value = torch.ones(4) if on_cpu else _FakeCuda(torch.ones(4))
+        value.index = -1 if on_cpu else 1
+    elif isinstance(value, torch.Tensor):
+        value = _FakeCuda(value)
     values[position] = value
     with pytest.raises(error, match=message):
         kernel()(GRID, BLOCK, *values)
-
-
-def test_a_tensor_that_is_not_contiguous() -> None:
-    with pytest.raises(ArgumentError, match=r"partial of shape .* is not contiguous"):
-        kernel()(GRID, BLOCK, _FakeCuda(torch.ones(4, 4)[:, :2]), torch.ones(2), 4, 2)
 
 
 class _FakeCuda(torch.Tensor):
@@ -64,10 +66,10 @@ class _FakeCuda(torch.Tensor):
     def __new__(cls, tensor: torch.Tensor) -> _FakeCuda:
         return torch.Tensor._make_subclass(cls, tensor)
 
-    is_cuda = True  # type: ignore[assignment]
+    index = 0
 
     def get_device(self) -> int:
-        return 0
+        return self.index
 
     def data_ptr(self) -> int:
         return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, tiny_model
+from models import FAMILIES, WITHOUT_RMS_NORM, tiny_model
 from test_parity import assert_equal_runs
 
 from barqtrain_hf.runtime import Kernel
@@ -51,7 +51,7 @@ def test_families(family: str, regime: str, launches: list[str], tmp_path: Path)
         **{"use_cpu": False, **options},
     )
     used = {"rms_norm_forward", "rms_norm_backward", "column_sum"}
-    assert set(launches) == (set() if family == "gpt2" else used)
+    assert set(launches) == (set() if family in WITHOUT_RMS_NORM else used)
 
 
 @pytest.mark.parametrize(

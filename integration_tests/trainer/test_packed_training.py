@@ -82,6 +82,27 @@ def test_tokens_are_counted_without_padding(
     meter.add({"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9])})
     meter.add({"input_ids": torch.zeros(2, 3)})
     assert meter.logs()["tokens_per_second"] == 2 * (1 + 2 + 9 + 6)
+    assert meter.logs() == {}
+    meter.add({"input_ids": torch.zeros(2, 3)})
+    assert meter.logs()["tokens_per_second"] == 2 * 6
+
+
+def test_mfu_and_packed_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from barqtrain_hf import metrics
+
+    times = iter(range(100))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(times)))
+    meter = metrics.ThroughputMeter(tiny_model("llama"), torch.device("cpu"), 1, None)
+    # What it would know on a GPU.
+    meter._peak, meter._flops_per_token, meter._flops_per_pair = 1e6, 100.0, 7.0
+    meter.add({"input_ids": torch.zeros(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9])})
+    assert meter.logs()["mfu"] == pytest.approx((9 * 100 + (16 + 25) * 7) / 1e6)
+    monkeypatch.undo()
+    packed = PackedDataset(documents(20), 64)
+    trainer = BarqTrainer(
+        tiny_model("llama"), TrainingArguments(**arguments(tmp_path)), eval_dataset=packed
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_evaluation_and_saving_do_not_slow_the_tokens(tmp_path: Path) -> None:
@@ -119,6 +140,12 @@ def test_flops_of_full_and_lora_training() -> None:
     tied = tiny_model("llama_tied")
     assert flops_per_token(tied) == flops_per_token(model)  # the head's product is there either way
     assert attention_flops_per_pair(model) == 6 * 2 * 32
+    saved = peft.get_peft_model(
+        tiny_model("llama"),
+        peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
+    trained = sum(p.numel() for p in saved.parameters() if p.requires_grad)
+    assert flops_per_token(saved) == 4 * (matrices - 2 * embedding) + 6 * trained
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert flops_per_token(adapted) == 4 * (matrices - embedding) + 6 * trained
