@@ -44,14 +44,17 @@ REGIMES: dict[str, tuple[torch.dtype, dict[str, Any], float]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, regime: str, launches: list[str], tmp_path: Path) -> None:
     dtype, options, tolerance = REGIMES[regime]
-    assert_equal_runs(
+    trainer = assert_equal_runs(
         lambda: tiny_model(family, dtype),
         tmp_path,
         tolerance=tolerance,
         **{"use_cpu": False, **options},
     )
-    used = {"rms_norm_forward", "rms_norm_backward", "column_sum"}
-    assert set(launches) == (set() if family in WITHOUT_RMS_NORM else used)
+    # The probe launches kernels too; what training uses is what is installed.
+    installed = "rms_norm" in trainer.barq_report.installed
+    assert installed == (family not in WITHOUT_RMS_NORM)
+    if installed:
+        assert {"rms_norm_forward", "rms_norm_backward", "column_sum"} == set(launches)
 
 
 @pytest.mark.parametrize(
