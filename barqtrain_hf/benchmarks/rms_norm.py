@@ -7,16 +7,42 @@ in the same run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from barqtrain_hf.benchmarks.harness import Report, copy_bandwidth, time_gpu, time_graph, time_host
+from barqtrain_hf.benchmarks.harness import (
+    Report,
+    Timing,
+    copy_bandwidth,
+    time_gpu,
+    time_graph,
+    time_host,
+)
 from barqtrain_hf.ops import rms_norm
 from barqtrain_hf.ops.rms_norm import _backward, _forward, rms_norm_reference
 
 SHAPES = ((16384, 4096), (16384, 2048), (8192, 8192), (32768, 1024), (262144, 128))
 _EPS = 1e-6
+
+
+def _row(
+    rows: int, dim: int, implementation: str, forward: Timing, backward: Timing, copy: Timing
+) -> dict[str, Any]:
+    forward_tb_s = 2 * rows * dim * 2 / 1e9 / forward.median  # two bytes an element, bf16
+    backward_tb_s = 3 * rows * dim * 2 / 1e9 / backward.median
+    return {
+        "rows": rows,
+        "dim": dim,
+        "implementation": implementation,
+        "forward_ms": forward,
+        "backward_ms": backward,
+        "forward_tb_s": forward_tb_s,
+        "backward_tb_s": backward_tb_s,
+        "forward_share_of_copy": forward_tb_s / copy.median,
+        "backward_share_of_copy": backward_tb_s / copy.median,
+    }
 
 
 def run() -> Report:
@@ -37,22 +63,12 @@ def run() -> Report:
         x = torch.randn(rows, dim, device="cuda").bfloat16().requires_grad_()
         weight = torch.randn(dim, device="cuda").bfloat16().requires_grad_()
         upstream = torch.randn(rows, dim, device="cuda").bfloat16()
-        terabytes = rows * dim * x.itemsize / 1e9
         y, rstd = _forward(x.detach(), weight.detach(), _EPS, False)
         saved = (upstream, x.detach(), weight.detach(), rstd, False)
         forward = time_graph(lambda s=saved: _forward(s[1], s[2], _EPS, False))  # type: ignore[misc]
         backward = time_graph(lambda s=saved: _backward(*s))  # type: ignore[misc]
-        report.add(
-            rows=rows,
-            dim=dim,
-            implementation="ours, kernels alone in a CUDA graph",
-            forward_ms=forward,
-            backward_ms=backward,
-            forward_tb_s=2 * terabytes / forward.median,
-            backward_tb_s=3 * terabytes / backward.median,
-            forward_share_of_copy=2 * terabytes / forward.median / copy.median,
-            backward_share_of_copy=3 * terabytes / backward.median / copy.median,
-        )
+        alone = "ours, kernels alone in a CUDA graph"
+        report.add(**_row(rows, dim, alone, forward, backward, copy))
         del y, rstd, saved
         for name, function in implementations.items():
             forward = time_gpu(lambda f=function, a=x, b=weight: f(a, b))  # type: ignore[misc]
@@ -62,17 +78,7 @@ def run() -> Report:
                     y, (a, b), g, retain_graph=True
                 )
             )
-            report.add(
-                rows=rows,
-                dim=dim,
-                implementation=name,
-                forward_ms=forward,
-                backward_ms=backward,
-                forward_tb_s=2 * terabytes / forward.median,
-                backward_tb_s=3 * terabytes / backward.median,
-                forward_share_of_copy=2 * terabytes / forward.median / copy.median,
-                backward_share_of_copy=3 * terabytes / backward.median / copy.median,
-            )
+            report.add(**_row(rows, dim, name, forward, backward, copy))
             del y
     small = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     weight = torch.ones(256, device="cuda", dtype=torch.bfloat16)

@@ -57,8 +57,8 @@ def plan_mixed_rows(lengths: Lengths, max_length: int, random: np.random.PCG64) 
     """Packs so that short documents of any length share a row.
 
     Best-fit-decreasing alone fills a row with documents of one length. Where length tells the task,
-    as it does in instruction data, each batch would then be of one task, and training on it converges
-    several times slower (docs/packing.md). So only documents longer than an eighth of a row go first,
+    as it does in instruction data, each batch would then be of one task, and training on such
+    batches converges more slowly. So only documents longer than an eighth of a row go first,
     longest first; the rest follow in random order. That costs up to 0.1 % of fill.
 
     Args:
