@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).resolve().parents[1]
+from two_ranks import run_on_two_ranks
 
 SCRIPT = """
 import json, os, sys
-sys.path[:0] = [{tests!r}, {tests!r} + "/trainer"]
 import torch
-torch.set_num_threads(1)
 from models import tiny_model
 from test_parity import Rows, arguments
 from transformers import Trainer, TrainingArguments
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments
-results = {{}}
+results = {}
 for average in (True, False):
     for trainer_class, args_class in ((Trainer, TrainingArguments), (BarqTrainer, BarqTrainingArguments)):
         options = dict(gradient_accumulation_steps=2, average_tokens_across_devices=average)
@@ -34,7 +29,7 @@ for average in (True, False):
         weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
         gathered = [torch.empty_like(weights) for _ in range(2)]
         torch.distributed.all_gather(gathered, weights)
-        results[f"{{trainer_class.__name__}} {{average}}"] = dict(
+        results[f"{trainer_class.__name__} {average}"] = dict(
             loss=[e["loss"] for e in logs],
             grad_norm=[float(e["grad_norm"]) for e in logs],
             ranks_agree=torch.equal(*gathered),
@@ -45,23 +40,7 @@ if os.environ["RANK"] == "0":
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(tests=str(TESTS)))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=0",
-    ]
-    process = subprocess.run(
-        [*launch, "--standalone", str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        cwd=TESTS.parent,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    run_on_two_ranks(SCRIPT, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results) == 4
     for average in ("True", "False"):

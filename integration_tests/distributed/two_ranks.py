@@ -1,0 +1,33 @@
+"""Runs a script on two gloo ranks of this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+
+# The tests' own modules can be imported; two ranks share two cores.
+_PROLOGUE = """
+import sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/trainer"]
+import torch
+torch.set_num_threads(1)
+"""
+
+
+def run_on_two_ranks(script: str, folder: Path) -> str:
+    """Runs ``script`` with ``folder`` as its argument; returns what it printed."""
+    path = folder / "script.py"
+    path.write_text(_PROLOGUE.format(tests=str(TESTS)) + script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.run(
+        [*launch, str(path), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=TESTS.parent,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
