@@ -13,6 +13,7 @@ counted by the share of experts a token visits.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -147,7 +148,5 @@ def _peak_resident_gib() -> float:
         import resource
     except ImportError:  # Windows
         return 0.0
-    import sys
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(peak) / (2**30 if sys.platform == "darwin" else 2**20)

@@ -37,8 +37,6 @@ def forward(
     with the i-th upstream gradient, while those of weight and bias mix rows (see `recompute`).
     Gradients not asked for are empty.
     """
-    valid = _valid_rows(target, ignore_index, weight.shape[0])
-    losses = hidden.new_zeros(target.shape, dtype=torch.float32)
     if per_row:
         factor = torch.ones_like(divisor)
         hidden_grad = hidden_grad and not (weight_grad or bias_grad)
@@ -46,16 +44,9 @@ def forward(
     else:
         factor = torch.frexp(1.0 / divisor).mantissa
     grads = _Gradients(hidden, weight, dtype, hidden_grad, weight_grad, bias_grad)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        cast_weight = weight.to(dtype)
-        for rows in _chunks(valid, _row_bytes(weight, dtype, softcap), max_extra_bytes):
-            h, t = hidden[rows].to(dtype), target[rows]
-            options = (label_smoothing, z_loss, softcap, logit_scale)
-            chunk_losses, dz = _chunk(h, cast_weight, bias, t, *options, want_grad=grads.any_wanted)
-            losses[rows] = chunk_losses
-            if dz is not None:
-                grads.add(rows, h, cast_weight, dz.mul_(factor))
-            del dz  # or it would live beside the next chunk's logits
+    options = (label_smoothing, z_loss, softcap, logit_scale)
+    inputs = (hidden, weight, bias, target)
+    losses = _run(*inputs, factor, grads, ignore_index, options, max_extra_bytes, dtype)
     loss = losses if per_row else losses.sum() / divisor
     return (loss, *grads.results())
 
@@ -78,18 +69,39 @@ def recompute(
     bias_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of a per-row loss for upstream gradients [N], from logits computed again."""
-    valid = _valid_rows(target, ignore_index, weight.shape[0])
     grads = _Gradients(hidden, weight, dtype, hidden_grad, weight_grad, bias_grad)
+    options = (label_smoothing, z_loss, softcap, logit_scale)
+    inputs = (hidden, weight, bias, target)
+    _run(*inputs, upstream.unsqueeze(1), grads, ignore_index, options, max_extra_bytes, dtype)
+    return grads.results()
+
+
+def _run(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    factor: torch.Tensor,  # of the gradients: one for all rows, or one per row [N, 1]
+    grads: _Gradients,
+    ignore_index: int,
+    options: tuple[float, float, float | None, float],
+    max_extra_bytes: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Takes all rows through `_chunk`; returns their losses [N] and adds to ``grads``."""
+    valid = _valid_rows(target, ignore_index, weight.shape[0])
+    losses = hidden.new_zeros(target.shape, dtype=torch.float32)
+    row_bytes = _row_bytes(weight, dtype, softcap=options[2])
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         cast_weight = weight.to(dtype)
-        for rows in _chunks(valid, _row_bytes(weight, dtype, softcap), max_extra_bytes):
-            h = hidden[rows].to(dtype)
-            options = (label_smoothing, z_loss, softcap, logit_scale)
-            _, dz = _chunk(h, cast_weight, bias, target[rows], *options, want_grad=True)
-            assert dz is not None
-            grads.add(rows, h, cast_weight, dz.mul_(upstream[rows].unsqueeze(1)))
+        for rows in _chunks(valid, row_bytes, max_extra_bytes):
+            h, t = hidden[rows].to(dtype), target[rows]
+            losses[rows], dz = _chunk(h, cast_weight, bias, t, *options, want_grad=grads.any_wanted)
+            if dz is not None:
+                dz *= factor[rows] if factor.dim() == 2 else factor
+                grads.add(rows, h, cast_weight, dz)
             del dz  # or it would live beside the next chunk's logits
-    return grads.results()
+    return losses
 
 
 def _chunk(
@@ -151,14 +163,13 @@ class _Gradients:
         weight_grad: bool,
         bias_grad: bool,
     ) -> None:
-        self.any_wanted = hidden_grad or weight_grad or bias_grad
         self._compute_dtype = dtype
-        wanted = (hidden_grad, weight_grad, bias_grad)
+        self._wanted = (hidden_grad, weight_grad, bias_grad)
+        self.any_wanted = any(self._wanted)
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        self._wanted = wanted
-        self.hidden, self._weight, self.bias = (
+        self.hidden, self.weight, self.bias = (
             hidden.new_zeros(shape if want else 0, dtype=torch.float32)
-            for shape, want in zip(shapes, wanted, strict=True)
+            for shape, want in zip(shapes, self._wanted, strict=True)
         )
 
     def add(
@@ -177,11 +188,11 @@ class _Gradients:
         if hidden_grad:
             self.hidden[rows] = _product(dz, weight)
         if weight_grad:
-            _add_product(self._weight, dz.t(), hidden)
+            _add_product(self.weight, dz.t(), hidden)
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The three gradients, empty where not wanted."""
-        return self.hidden, self._weight, self.bias
+        return self.hidden, self.weight, self.bias
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

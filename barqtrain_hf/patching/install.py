@@ -101,15 +101,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _bind_norm(base: nn.Module, name: str, module: nn.Module, patches: _Patches) -> None:
     if getattr(base, "use_kernels", False):
-        reason: Any = "the model was loaded with use_kernels=True, which rebinds forwards itself"
+        reason = "the model was loaded with use_kernels=True, which rebinds forwards itself"
     elif "forward" in module.__dict__:
         reason = "its forward is already patched (by accelerate, Liger or another package)"
     else:
-        reason = norms.new_forward(module, patches.report)
-    if isinstance(reason, str):
-        patches.report.skip(norms.OP, name, reason)
-        return
-    forward = types.MethodType(reason, module)
-    module.forward = forward
-    patches.leaves.append((module, forward))
-    patches.report.add(norms.OP, name)
+        found = norms.new_forward(module, patches.report)
+        if not isinstance(found, str):
+            forward = types.MethodType(found, module)
+            module.forward = forward
+            patches.leaves.append((module, forward))
+            patches.report.add(norms.OP, name)
+            return
+        reason = found
+    patches.report.skip(norms.OP, name, reason)

@@ -102,9 +102,9 @@ def compile_program(source: str, names: tuple[str, ...], arch: str) -> Program:
         try:
             nvrtc.compileProgram(program, (*options, "--ptxas-options=-v"))
         except nvrtc.NVRTCError as error:
-            raise KernelBuildError(
-                f"NVRTC could not compile {source} for sm_{arch}.", nvrtc.getProgramLog(program)
-            ) from error
+            log = _text(nvrtc.getProgramLog(program))
+            message = f"NVRTC could not compile {source} for sm_{arch}."
+            raise KernelBuildError(message, log) from error
         lowered = {name: _text(nvrtc.getLoweredName(program, name)) for name in names}
         log = _text(nvrtc.getProgramLog(program))
         return Program(nvrtc.getCUBIN(program), lowered, _parse_resources(log, lowered))
