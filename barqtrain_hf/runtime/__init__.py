@@ -1,6 +1,11 @@
 """The only code that knows CuPy: compiles `cuda/*.cu` at run time and launches it on torch's stream."""
 
-from barqtrain_hf.runtime.device import cuda_unavailable_reason, peak_flops, sm_count
+from barqtrain_hf.runtime.device import (
+    architecture,
+    cuda_unavailable_reason,
+    peak_flops,
+    sm_count,
+)
 from barqtrain_hf.runtime.launch import Kernel
 
-__all__ = ["Kernel", "cuda_unavailable_reason", "peak_flops", "sm_count"]
+__all__ = ["Kernel", "architecture", "cuda_unavailable_reason", "peak_flops", "sm_count"]

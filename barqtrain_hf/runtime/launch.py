@@ -20,6 +20,7 @@ from barqtrain_hf.runtime.compiler import cubin_for, instantiations
 from barqtrain_hf.runtime.device import architecture, cuda_unavailable_reason
 
 # Each parameter has an 8-byte slot of the buffer, so slot i is at 8 * i whatever its type.
+_SHARED_BYTES = 48 * 1024  # that a block gets without asking
 _SCALARS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
 
 
@@ -43,16 +44,24 @@ class Kernel:
         parameters: name to type, in the kernel's order. A ``torch.dtype`` is a pointer to a
             contiguous CUDA tensor of that dtype; ``"int32"``, ``"int64"`` and ``"float32"`` are
             Python numbers.
+        shared_bytes: dynamic shared memory of a block.
 
     Raises:
         ArgumentError: the source does not offer ``name``.
     """
 
-    def __init__(self, source: str, name: str, parameters: Mapping[str, torch.dtype | str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        parameters: Mapping[str, torch.dtype | str],
+        shared_bytes: int = 0,
+    ) -> None:
         name = "".join(name.split())
         if name not in instantiations(source):
             raise ArgumentError(f"name={name!r} is not instantiated in cuda/{source}.")
         self.source, self.name = source, name
+        self._shared_bytes = shared_bytes
         self._parameters = tuple(parameters.items())
         self._count = len(parameters)
         kinds = list(enumerate(parameters.values()))
@@ -115,7 +124,7 @@ class Kernel:
             # A thread that has made no CUDA call yet, such as autograd's: torch binds it lazily.
             driver.ctxSetCurrent(context)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        driver.launchKernel(function, *grid, *block, 0, stream, arguments, 0)
+        driver.launchKernel(function, *grid, *block, self._shared_bytes, stream, arguments, 0)
 
     def _mistake(self, values: tuple[Any, ...]) -> ArgumentError | ArgumentTypeError:
         """The error for arguments that failed the check in `__call__`."""
@@ -165,6 +174,16 @@ class Kernel:
                 path, lowered = cubin_for(self.source, self.name, architecture(device))
                 module = cupy.RawModule(path=str(path))
                 function = module.get_function(lowered).kernel.ptr
+                if self._shared_bytes > _SHARED_BYTES:
+                    # All there is: another Kernel may share the function and need more.
+                    own = driver.funcGetAttribute(
+                        driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function
+                    )
+                    most = (
+                        torch.cuda.get_device_properties(device).shared_memory_per_block_optin - own
+                    )
+                    dynamic = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    driver.funcSetAttribute(function, dynamic, most)
                 self._driver = driver
                 self._modules.append(module)
                 cupy.cuda.runtime.free(0)  # binds the device's context to this thread if none is
