@@ -39,3 +39,46 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
+
+// The elements of sixteen bytes in fp32, and back. Data that a thread keeps for a second look is best kept
+// in words: as 16-bit elements it would take twice the registers.
+template <typename T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<__half> = true;
+
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& raw, float* x) {
+  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (sizeof(T) == 4) {
+      x[k] = __uint_as_float(words[k]);
+    } else if constexpr (kIsHalf<T>) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[k]));
+      x[2 * k] = pair.x;
+      x[2 * k + 1] = pair.y;
+    } else {  // bf16 is the upper half of fp32
+      x[2 * k] = __uint_as_float(words[k] << 16);
+      x[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000u);
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float* x) {
+  unsigned words[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (sizeof(T) == 4) {
+      words[k] = __float_as_uint(x[k]);
+    } else if constexpr (kIsHalf<T>) {
+      const __half2 pair = __floats2half2_rn(x[2 * k], x[2 * k + 1]);
+      words[k] = *reinterpret_cast<const unsigned*>(&pair);
+    } else {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * k], x[2 * k + 1]);
+      words[k] = *reinterpret_cast<const unsigned*>(&pair);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}

@@ -10,7 +10,12 @@ from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedErr
 from barqtrain_hf.runtime import cuda_unavailable_reason
 
 Backend = Literal["auto", "cuda", "torch"]
-TRAINING_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The training dtypes by their names in CUDA C++.
+CUDA_NAMES = {
+    torch.float32: "float",
+    torch.float16: "__half",
+    torch.bfloat16: "__nv_bfloat16",
+}
 
 
 def use_cuda(op: str, backend: Backend, tensor: torch.Tensor, unsupported: str | None) -> bool:
@@ -43,7 +48,7 @@ def use_cuda(op: str, backend: Backend, tensor: torch.Tensor, unsupported: str |
 
 def check_dtype(op: str, name: str, tensor: torch.Tensor) -> None:
     """Refuses tensors that are not fp32, fp16 or bf16."""
-    if tensor.dtype not in TRAINING_DTYPES:
+    if tensor.dtype not in CUDA_NAMES:
         raise ArgumentTypeError(
             f"{op}: {name} is {tensor.dtype}; cast it to float32, float16 or bfloat16."
         )

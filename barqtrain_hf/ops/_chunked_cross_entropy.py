@@ -1,249 +1,291 @@
-"""`linear_cross_entropy` in chunks of rows, in PyTorch; see there for the math.
+"""The forward and backward passes of `linear_cross_entropy`.
 
-The products are cuBLAS's (or the CPU's), everything between them is in place on one slab of logits.
+Gradients are taken in one of three places:
+
+- in the backward pass from logits that were kept, if weight is trained and all logits fit: the upstream
+  gradient is then folded in before anything is rounded;
+- else in the forward pass, for a loss of 1, while a chunk's logits are there (`_cross_entropy_plan`);
+- in the backward pass from logits computed again, if a gradient that mixes rows needs their upstream
+  gradients (``per_row``), or for a second backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from barqtrain_hf.errors import ArgumentError
+from barqtrain_hf.ops._cross_entropy_plan import Gradients, Head, default_extra_bytes, run
+from barqtrain_hf.ops._cross_entropy_rows import (
+    ENTROPY,
+    LOG_PROB,
+    LOSS,
+    TOP1,
+    LossTerms,
+    RowContext,
+)
+from barqtrain_hf.ops._targets import CountedTarget, valid_rows
+
+# hidden, weight, bias, lora's input [N, r], lora's weight [V, r]: what can have a gradient.
+Inputs = Sequence[torch.Tensor | None]
+FiveTensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_HAS_ROWS = (0, 3)  # those of them whose first dimension is the rows
 
 
-def forward(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+class Options(NamedTuple):
+    """How a call is computed.
+
+    Attributes:
+        terms: of the loss.
+        max_extra_bytes: see `linear_cross_entropy`.
+        dtype: of the products.
+        cuda: run our kernels.
+        counted: for dropping ignored rows; None where the host cannot learn their number.
+        per_token: entropy and top-1 are wanted.
+    """
+
+    terms: LossTerms
+    max_extra_bytes: int | None
+    dtype: torch.dtype
+    cuda: bool
+    counted: CountedTarget | None
+    per_token: bool
+
+
+class Batch(NamedTuple):
+    """The rows of one call that take part in it."""
+
+    head: Head
+    context: RowContext
+    valid: torch.Tensor | None  # their indices, None if all do
+    rows: int  # with those that do not
+
+    @classmethod
+    def of(
+        cls, inputs: Inputs, target: torch.Tensor, scale: torch.Tensor, options: Options
+    ) -> Batch:
+        """``scale``: of the gradients, [1] or [N]."""
+        hidden, weight, bias, lora_input, lora_weight = inputs
+        assert hidden is not None and weight is not None
+        vocabulary, dtype = len(weight), options.dtype
+        valid = valid_rows(target, options.counted, options.terms.ignore_index, vocabulary)
+
+        def pick(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if valid is None else tensor.index_select(0, valid)
+
+        head = Head(
+            [pick(x).to(dtype) for x in (hidden, lora_input) if x is not None],
+            [w.to(dtype) for w in (weight, lora_weight) if w is not None],
+            None if bias is None else bias.to(dtype),
+        )
+        picked = pick(target)
+        context = RowContext(
+            picked,
+            scale if len(scale) == 1 else pick(scale),
+            scale.new_empty(6, len(picked)),
+            options.terms,
+            vocabulary,
+            options.per_token,
+            options.cuda,
+        )
+        return cls(head, context, valid, len(target))
+
+    def buffers(
+        self, inputs: Inputs, needs: Sequence[bool], dtypes: Sequence[torch.dtype]
+    ) -> Gradients:
+        """Memory for the gradients of the inputs that need one."""
+        # Without rows there are no products to fill it.
+        make = torch.zeros if self.head.rows == 0 else torch.empty
+        buffers = [
+            make(
+                (self.head.rows, *x.shape[1:]) if i in _HAS_ROWS else x.shape,
+                dtype=dtype,
+                device=x.device,
+            )
+            if x is not None and need
+            else None
+            for i, (x, need, dtype) in enumerate(zip(inputs, needs, dtypes, strict=True))
+        ]
+        pairs = 1 if inputs[3] is None else 2
+        return Gradients(buffers[0::3][:pairs], buffers[1::3][:pairs], buffers[2])
+
+    def spread(self, picked: torch.Tensor, dim: int) -> torch.Tensor:
+        """Rows back to where they were, with zeros between them."""
+        if self.valid is None:
+            return picked
+        shape = list(picked.shape)
+        shape[dim] = self.rows
+        return picked.new_zeros(shape).index_copy_(dim, self.valid, picked)
+
+    def results(self, grads: Gradients) -> list[torch.Tensor | None]:
+        """Gradients in the order of `Inputs`, None where there is none."""
+        inputs, weights = (
+            [*pair, None] if len(pair) == 1 else pair for pair in (grads.inputs, grads.weights)
+        )
+        ordered = (inputs[0], weights[0], grads.bias, inputs[1], weights[1])
+        return [
+            self.spread(g, 0) if g is not None and i in _HAS_ROWS else g
+            for i, g in enumerate(ordered)
+        ]
+
+
+class Kept(NamedTuple):
+    """A batch whose logits wait for the backward pass."""
+
+    batch: Batch
+    slab: torch.Tensor
+
+    def gradients(
+        self, inputs: Inputs, scale: torch.Tensor, needs: Sequence[bool]
+    ) -> list[torch.Tensor | None]:
+        """For upstream gradients ``scale``, [1] or [N]. Uses the slab up."""
+        batch, valid = self.batch, self.batch.valid
+        if len(scale) > 1 and valid is not None:
+            scale = scale.index_select(0, valid)
+        head, context = batch.head, batch.context._replace(scale=scale)
+        everything = slice(0, head.vocabulary)
+        with _products(scale.device.type):
+            context.strip(self.slab, 0, head.rows, everything)
+            dz = self.slab[:, : head.vocabulary]
+            grads = batch.buffers(inputs, needs, final_dtypes(inputs, head.dtype))
+            grads.take_inputs(head, dz, slice(None))
+            grads.take_weights(head, dz, slice(None), everything, add=False)
+            return batch.results(grads)
+
+
+class Result(NamedTuple):
+    """Of a forward pass; the gradients are there, or kept logits, or neither."""
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+    grads: list[torch.Tensor | None] | None
+    kept: Kept | None
+
+
+def mixes_rows(needs: Sequence[bool]) -> bool:
+    """Whether a gradient is wanted that sums over rows."""
+    return needs[1] or needs[2] or needs[4]
+
+
+@contextmanager
+def _products(device_type: str) -> Iterator[None]:
+    """Without autograd and autocast, and with partial sums of products kept in fp32.
+
+    cuBLAS may split a long sum and round its parts to 16 bits before it adds them, as torch allows it by
+    default; that is another rounding of gradients, whose sums run over all rows or the vocabulary.
+    """
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):
+        try:
+            for name in names:
+                setattr(matmul, name, False)
+            yield
+        finally:
+            for name, value in zip(names, before, strict=True):
+                setattr(matmul, name, value)
+
+
+def take(
+    inputs: Inputs,
     target: torch.Tensor,
+    row_weight: torch.Tensor | None,
     divisor: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    max_extra_bytes: int,
-    dtype: torch.dtype,
+    options: Options,
     per_row: bool,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss and, for a loss of 1, the gradients up to the power of two of ``1 / divisor``.
+    needs: Sequence[bool],
+    keep: bool,
+) -> Result:
+    """The forward pass.
 
-    With ``per_row`` the loss is [N] and only the gradient of hidden is taken here: row i of it scales
-    with the i-th upstream gradient, while those of weight and bias mix rows (see `recompute`).
-    Gradients not asked for are empty.
+    Args:
+        per_row: the loss is [N], not their sum over ``divisor``.
+        needs: which inputs want a gradient.
+        keep: logits may be kept for the backward pass.
     """
-    if per_row:
-        factor = torch.ones_like(divisor)
-        hidden_grad = hidden_grad and not (weight_grad or bias_grad)
-        weight_grad = bias_grad = False
-    else:
-        factor = torch.frexp(1.0 / divisor).mantissa
-    grads = _Gradients(hidden, weight, dtype, hidden_grad, weight_grad, bias_grad)
-    options = (label_smoothing, z_loss, softcap, logit_scale)
-    inputs = (hidden, weight, bias, target)
-    losses = _run(*inputs, factor, grads, ignore_index, options, max_extra_bytes, dtype)
-    loss = losses if per_row else losses.sum() / divisor
-    return (loss, *grads.results())
+    with _products(target.device.type):
+        scale = torch.ones_like(divisor) if per_row else gradient_scale(divisor, options.dtype)
+        scale = (scale if row_weight is None else scale * row_weight).reshape(-1)
+        extra = _extra_bytes(inputs, options, needs)
+        batch = Batch.of(inputs, target, scale, options)
+        head, context = batch.head, batch.context
+        fits = head.rows * head.stride * context.bytes_per_logit(head.dtype) <= extra
+        grads = kept = None
+        if keep and mixes_rows(needs) and fits and head.rows:
+            slab = torch.empty(head.rows, head.stride, dtype=head.dtype, device=target.device)
+            head.logits(slice(None), slice(None), slab[:, : head.vocabulary])
+            context.rows(slab, 0, head.rows, write=False)
+            kept = Kept(batch, slab)
+        else:
+            # Rows that scale one by one can be scaled later, a sum of them cannot.
+            needs = [need and not (per_row and mixes_rows(needs)) for need in needs]
+            dtypes = early_dtypes(inputs, options.dtype)
+            # Where memory is scarce, hidden's gradient too is rounded before its last factor is known.
+            hidden_bytes = head.inputs[0].numel() * 2
+            if needs[0] and options.dtype is torch.bfloat16:
+                if hidden_bytes > extra // 10:
+                    dtypes[0] = final_dtypes(inputs, options.dtype)[0]
+                else:
+                    extra -= hidden_bytes
+            buffers = batch.buffers(inputs, needs, dtypes)
+            filled = run(head, context, buffers, extra)
+            grads = batch.results(filled) if any(needs) else None
+        statistics = batch.spread(context.statistics, 1)
+        losses = statistics[LOSS] if row_weight is None else statistics[LOSS] * row_weight
+        loss = losses.clone() if per_row else losses.sum() / divisor
+        wanted = [LOG_PROB, ENTROPY, TOP1] if options.per_token else []
+        return Result(loss, statistics[wanted], grads, kept)
 
 
-def recompute(
-    upstream: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+def take_again(
+    inputs: Inputs,
     target: torch.Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    max_extra_bytes: int,
-    dtype: torch.dtype,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of a per-row loss for upstream gradients [N], from logits computed again."""
-    grads = _Gradients(hidden, weight, dtype, hidden_grad, weight_grad, bias_grad)
-    options = (label_smoothing, z_loss, softcap, logit_scale)
-    inputs = (hidden, weight, bias, target)
-    _run(*inputs, upstream.unsqueeze(1), grads, ignore_index, options, max_extra_bytes, dtype)
-    return grads.results()
+    scale: torch.Tensor,
+    options: Options,
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """The gradients for upstream gradients ``scale``, [1] or [N], from logits computed again."""
+    with _products(target.device.type):
+        extra = _extra_bytes(inputs, options, needs)
+        batch = Batch.of(inputs, target, scale, options._replace(per_token=False))
+        dtypes = final_dtypes(inputs, options.dtype)
+        grads = run(batch.head, batch.context, batch.buffers(inputs, needs, dtypes), extra)
+        return batch.results(grads)
 
 
-def _run(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    factor: torch.Tensor,  # of the gradients: one for all rows, or one per row [N, 1]
-    grads: _Gradients,
-    ignore_index: int,
-    options: tuple[float, float, float | None, float],
-    max_extra_bytes: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Takes all rows through `_chunk`; returns their losses [N] and adds to ``grads``."""
-    valid = _valid_rows(target, ignore_index, weight.shape[0])
-    losses = hidden.new_zeros(target.shape, dtype=torch.float32)
-    row_bytes = _row_bytes(weight, dtype, softcap=options[2])
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        cast_weight = weight.to(dtype)
-        for rows in _chunks(valid, row_bytes, max_extra_bytes):
-            h, t = hidden[rows].to(dtype), target[rows]
-            losses[rows], dz = _chunk(h, cast_weight, bias, t, *options, want_grad=grads.any_wanted)
-            if dz is not None:
-                dz *= factor[rows] if factor.dim() == 2 else factor
-                grads.add(rows, h, cast_weight, dz)
-            del dz  # or it would live beside the next chunk's logits
-    return losses
+def _extra_bytes(inputs: Inputs, options: Options, needs: Sequence[bool]) -> int:
+    if options.max_extra_bytes is not None:
+        return options.max_extra_bytes
+    hidden, weight = inputs[:2]
+    assert hidden is not None and weight is not None
+    return default_extra_bytes(len(hidden), hidden, weight, needs[1], options.dtype)
 
 
-def _chunk(
-    hidden: torch.Tensor,  # [n, H] in the compute dtype
-    weight: torch.Tensor,  # [V, H] in the compute dtype
-    bias: torch.Tensor | None,
-    target: torch.Tensor,  # [n], all valid
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float,
-    want_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses [n] and the gradient of the product [n, V], in fp32; everything else in place."""
-    z = F.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)).float()
-    if logit_scale != 1.0:
-        z *= logit_scale
-    slope = None
-    if softcap is not None:
-        z.div_(softcap).tanh_()
-        if want_grad:
-            slope = torch.addcmul(torch.ones((), device=z.device), z, z, value=-1.0)
-        z *= softcap
-    # Differences are taken from the peak, not from lse = peak + log(total): one rounding less.
-    peak = z.amax(1)
-    z.sub_(peak.unsqueeze(1))
-    at_target = z.gather(1, target.unsqueeze(1)).squeeze(1)
-    mean = z.mean(1) if label_smoothing else at_target
-    total = z.exp_().sum(1)
-    log_total = total.log()
-    lse = peak + log_total
-    losses = log_total - ((1.0 - label_smoothing) * at_target + label_smoothing * mean)
-    losses += z_loss * lse.square()
-    if not want_grad:
-        return losses, None
-    dz = z.mul_(((1.0 + 2.0 * z_loss * lse) / total).unsqueeze(1))
-    if label_smoothing:
-        dz -= label_smoothing / weight.shape[0]
-    dz[torch.arange(len(target), device=dz.device), target] -= 1.0 - label_smoothing
-    if slope is not None:
-        dz *= slope
-    if logit_scale != 1.0:
-        dz *= logit_scale
-    return losses, dz
+def gradient_scale(divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What early gradients are multiplied with before they are rounded to ``dtype``.
 
-
-class _Gradients:
-    """Gradients of hidden, weight and bias in fp32, built up chunk by chunk.
-
-    They stay in fp32 until the upstream gradient is known, so that they are rounded once.
+    1 / divisor; in fp16 only its mantissa, or small gradients would underflow. The backward pass then
+    applies the power of two, which is exact.
     """
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        dtype: torch.dtype,
-        hidden_grad: bool,
-        weight_grad: bool,
-        bias_grad: bool,
-    ) -> None:
-        self._compute_dtype = dtype
-        self._wanted = (hidden_grad, weight_grad, bias_grad)
-        self.any_wanted = any(self._wanted)
-        shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        self.hidden, self.weight, self.bias = (
-            hidden.new_zeros(shape if want else 0, dtype=torch.float32)
-            for shape, want in zip(shapes, self._wanted, strict=True)
-        )
-
-    def add(
-        self,
-        rows: torch.Tensor | slice,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        dz: torch.Tensor,
-    ) -> None:
-        """Adds one chunk of rows with their hidden states [n, H] and the product's gradient [n, V]."""
-        hidden_grad, weight_grad, bias_grad = self._wanted
-        if bias_grad:
-            self.bias += dz.sum(0)
-        if dz.is_cuda:
-            dz = dz.to(self._compute_dtype)
-        if hidden_grad:
-            self.hidden[rows] = _product(dz, weight)
-        if weight_grad:
-            _add_product(self.weight, dz.t(), hidden)
-
-    def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The three gradients, empty where not wanted."""
-        return self.hidden, self.weight, self.bias
+    inverse = 1.0 / divisor
+    return torch.frexp(inverse).mantissa if dtype is torch.float16 else inverse
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` in fp32; 16-bit operands keep the fp32 accumulator where the device can."""
-    if left.dtype is torch.float32:
-        return torch.mm(left, right.float())
-    if torch.cuda.get_device_capability(left.device)[0] >= 8:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return torch.mm(left, right).float()
+def final_dtypes(inputs: Inputs, dtype: torch.dtype) -> list[torch.dtype]:
+    """Of gradients that get no further factor: the input's own, where a product can be rounded to it."""
+    return [dtype if x is not None and x.dtype is dtype else torch.float32 for x in inputs]
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``total += left @ right``, in place where no 16-bit product is in between."""
-    if left.dtype is torch.float32:
-        total.addmm_(left, right.float())
-    else:
-        total += _product(left, right)
+def early_dtypes(inputs: Inputs, dtype: torch.dtype) -> list[torch.dtype]:
+    """Of gradients that wait for the upstream gradient: fp32, to be rounded once.
 
-
-def _valid_rows(target: torch.Tensor, ignore_index: int, vocabulary: int) -> torch.Tensor | slice:
-    """Indices of the rows that count, or all as a slice; one device sync, which also checks them."""
-    valid = target != ignore_index
-    wrong = valid & ((target < 0) | (target >= vocabulary))
-    count, bad = torch.stack((valid.sum(), wrong.sum())).tolist()
-    if bad:
-        row = int(wrong.nonzero()[0])
-        raise ArgumentError(
-            f"linear_cross_entropy: target[{row}] = {int(target[row])} is outside the vocabulary of "
-            f"{vocabulary}; a row without a loss must have ignore_index ({ignore_index})."
-        )
-    if count == len(target):
-        return slice(0, count)
-    return torch.nonzero_static(valid, size=count).squeeze(1)
-
-
-def _row_bytes(weight: torch.Tensor, dtype: torch.dtype, softcap: float | None) -> int:
-    """Peak extra bytes per row: fp32 logits, their 16-bit twin, and the softcap's slope."""
-    per_logit = 4 + (dtype.itemsize if dtype is not torch.float32 else 0) + (4 if softcap else 0)
-    return int(weight.shape[0]) * per_logit
-
-
-def _chunks(
-    valid: torch.Tensor | slice, row_bytes: int, max_extra_bytes: int
-) -> Iterator[torch.Tensor | slice]:
-    rows = max_extra_bytes // row_bytes
-    if rows == 0:
-        raise ArgumentError(
-            f"linear_cross_entropy: max_extra_bytes={max_extra_bytes} does not hold one row of "
-            f"logits; give at least {row_bytes}."
-        )
-    count = valid.stop if isinstance(valid, slice) else len(valid)
-    for start in range(0, count, rows):
-        stop = min(start + rows, count)
-        yield slice(start, stop) if isinstance(valid, slice) else valid[start:stop]
+    But bf16 for a bf16 weight, whose gradient in fp32 would be the largest tensor of all. It is scaled
+    exactly by a power of two, which an upstream gradient mostly is. fp16 would lack the range.
+    """
+    early = [torch.float32] * len(inputs)
+    if dtype is torch.bfloat16:
+        early[1] = final_dtypes(inputs, dtype)[1]
+    return early

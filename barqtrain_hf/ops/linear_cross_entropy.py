@@ -7,86 +7,170 @@ For each row i with a target t that is not ``ignore_index``:
     loss = (1 - s) * (lse - z_t) + s * (lse - mean_v(z)) + z_loss * lse^2      s = label_smoothing
     dz_v = softmax(z)_v * (1 + 2 * z_loss * lse) - (1 - s) * [v == t] - s / V
 
-Ignored rows are dropped before the first product. The rest go through in chunks as large as
-``max_extra_bytes`` allows, and each chunk's gradients are taken while its logits are there, so the
-products cost 6·N·H·V FLOPs with a trained head and 4·N·H·V with a frozen one, against 8 and 6 for a
-backward pass that recomputes the logits.
+Ignored rows are dropped before the first product. The gradients are taken while the logits of the loss
+are there, so the products cost 6·N·H·V FLOPs with a trained head and 4·N·H·V with a frozen one,
+against 8 and 6 for a backward pass that computes the logits again. Between the products one kernel reads
+a slab of logits once and writes its gradient in place (``cuda/cross_entropy.cu``): 2·N·V elements.
+`_chunked_cross_entropy` says where the gradients are taken, `_cross_entropy_plan` how large a slab is and
+how weight's gradient comes together without a sum of rounded parts.
 
-The gradient is scaled by 1/num_items before it is rounded to a 16-bit type, but only by the mantissa:
-the power of two is applied to the result, exactly, so that fp16 does not underflow. The products of
-16-bit operands keep their fp32 accumulators, so gradients are rounded once, in the backward pass.
+The gradient is divided by num_items before it is rounded to a 16-bit type; in fp16 only by its mantissa,
+and the power of two is applied to the result, exactly, so that fp16 does not underflow.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 
 from barqtrain_hf.errors import ArgumentError
 from barqtrain_hf.ops._backend import Backend, check_dtype, use_cuda
-from barqtrain_hf.ops._chunked_cross_entropy import forward, recompute
+from barqtrain_hf.ops._chunked_cross_entropy import Options
+from barqtrain_hf.ops._cross_entropy_autograd import LinearCrossEntropy, compiled
+from barqtrain_hf.ops._cross_entropy_rows import LossTerms
+from barqtrain_hf.ops._targets import CountedTarget
 
 Reduction = Literal["mean", "sum", "none"]
 
-# Of logits and their gradient at once. At a 128k vocabulary in bf16 this is about 700 rows, enough for
-# the products to run near their full rate.
-_DEFAULT_EXTRA_BYTES = 512 * 2**20
+
+class TokenStatistics(NamedTuple):
+    """What is known of each row after its loss, without gradients; all 0 where the row is ignored.
+
+    Attributes:
+        log_prob: [...] fp32, of the target.
+        entropy: [...] fp32, of the softmax, in nats.
+        is_top1: [...] bool, whether the target is the first of the largest logits.
+    """
+
+    log_prob: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
 
 
+@overload
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    target: torch.Tensor,
+    target: torch.Tensor | CountedTarget,
+    *,
+    bias: torch.Tensor | None = ...,
+    lora: tuple[torch.Tensor, torch.Tensor] | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    num_items: torch.Tensor | float | None = ...,
+    row_weight: torch.Tensor | None = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    per_token: Literal[False] = ...,
+    max_extra_bytes: int | None = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor | CountedTarget,
+    *,
+    bias: torch.Tensor | None = ...,
+    lora: tuple[torch.Tensor, torch.Tensor] | None = ...,
+    ignore_index: int = ...,
+    reduction: Reduction = ...,
+    num_items: torch.Tensor | float | None = ...,
+    row_weight: torch.Tensor | None = ...,
+    label_smoothing: float = ...,
+    z_loss: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    per_token: Literal[True],
+    max_extra_bytes: int | None = ...,
+    backend: Backend = ...,
+) -> tuple[torch.Tensor, TokenStatistics]: ...
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor | CountedTarget,
     *,
     bias: torch.Tensor | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     num_items: torch.Tensor | float | None = None,
+    row_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    per_token: bool = False,
     max_extra_bytes: int | None = None,
     backend: Backend = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, TokenStatistics]:
     """Cross-entropy of ``hidden @ weight.T`` against ``target`` without holding all logits.
 
     Args:
         hidden: [..., H], fp32, fp16 or bf16.
         weight: [V, H], the head's weight. Under autocast the products run in the autocast dtype, else
             in hidden's; gradients return in each input's own dtype.
-        target: [...], int64 class indices or ``ignore_index``.
+        target: [...], int64 class indices or ``ignore_index``; as a `CountedTarget` the op does not wait
+            for hidden.
         bias: [V] or None.
+        lora: (u [..., r], b [V, r]): ``u @ b.T`` is added to the product, the adapter of a LoRA layer
+            with u = scaling * dropout(hidden) @ a.T.
         ignore_index: rows with this target have loss 0 and gradient 0.
-        reduction: "mean" (over the rows that are not ignored, or ``num_items``), "sum" or "none".
+        reduction: "mean" (over the rows that are not ignored, or ``num_items``), "sum" or "none". With
+            "none" and a trained weight, the backward pass computes the logits again.
         num_items: divisor of "mean": a number or a 0-dim tensor on any device, such as the Trainer's
             ``num_items_in_batch``.
+        row_weight: [...], a constant that multiplies each row's loss; it does not change the divisor.
         label_smoothing: in [0, 1], as in ``F.cross_entropy``.
         z_loss: weight of lse^2, which keeps the logits' scale in place (PaLM, arXiv:2204.02311).
         softcap: bound of the logits, as in Gemma 2, or None.
         logit_scale: factor of the logits, as in Cohere and Granite.
-        max_extra_bytes: memory for a chunk's logits and their gradient; default 512 MiB.
-        backend: "torch" is the only implementation so far; "auto" chooses it.
+        per_token: return `TokenStatistics` too; they come from the same pass.
+        max_extra_bytes: memory beside the gradients' own, mostly for logits; more is faster. The default
+            is what the logits need, up to 512 MiB with a frozen weight; with a trained one up to 3 GiB
+            less the gradients or, for larger batches, a fp32 sum of its gradient and 1024 rows; and
+            never more than a quarter of the GPU's free memory (but 512 MiB).
+        backend: "cuda" for the kernels, "torch" for PyTorch in chunks, "auto" for kernels where they run.
 
     Returns:
-        An fp32 scalar, or [...] in fp32 for "none". With every row ignored it is 0, connected to the
-        graph, with zero gradients.
+        An fp32 scalar, or [...] in fp32 for "none"; with ``per_token`` a pair of it and
+        `TokenStatistics`. With every row ignored the loss is 0, connected to the graph, with zero
+        gradients.
 
     Raises:
         ArgumentError: shapes that disagree, a target outside [0, V), an option out of its range,
-            ``max_extra_bytes`` too small for one row.
+            ``max_extra_bytes`` too small for one row. Under torch.compile and CUDA graph capture no
+            target can be looked at: the loss is NaN, and the error is raised by the next call outside
+            or by `raise_bad_target`, which BarqTrainer calls when it logs.
         ArgumentTypeError: a dtype that is not fp32, fp16 or bf16.
-        UnsupportedError: ``backend="cuda"``.
+        UnsupportedError: ``backend="cuda"`` where the kernels cannot run; says why.
     """
-    _check_arguments(hidden, weight, target, bias, reduction, label_smoothing, softcap)
-    use_cuda("linear_cross_entropy", backend, hidden, "there is no CUDA kernel for it yet.")
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    counted = target if isinstance(target, CountedTarget) else None
+    target = target.target if isinstance(target, CountedTarget) else target
+    if counted is not None and counted.ignore_index != ignore_index:
+        raise ArgumentError(
+            f"linear_cross_entropy: ignore_index={ignore_index}, but target was counted with "
+            f"{counted.ignore_index}; give both the same."
+        )
+    _check_arguments(hidden, weight, target, bias, lora, row_weight)
+    _check_options(reduction, label_smoothing, softcap, logit_scale)
+    cuda = use_cuda("linear_cross_entropy", backend, hidden, _unsupported(hidden, weight))
     flat_target = target.reshape(-1)
-    if reduction == "mean":
-        if num_items is None:
-            num_items = (flat_target != ignore_index).sum().clamp(min=1)
+    compiling = torch.compiler.is_compiling()
+    # Neither a graph nor a compiled model may wait for the number of rows with a target.
+    static = hidden.is_cuda and (compiling or torch.cuda.is_current_stream_capturing())
+    if static:
+        counted = None
+    elif counted is None and not compiling:
+        counted = CountedTarget(target, ignore_index)
+    if reduction == "mean" and num_items is None:
+        count = (flat_target != ignore_index).sum() if counted is None else counted.on_device[0]
+        divisor = count.clamp(min=1).float()
+    elif reduction == "mean":
         divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
         # No target in the whole batch: a loss of zero and not of 0 / 0.
         divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
@@ -99,21 +183,33 @@ def linear_cross_entropy(
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
-    extra = _DEFAULT_EXTRA_BYTES if max_extra_bytes is None else max_extra_bytes
-    options = (
-        *(ignore_index, label_smoothing, z_loss, softcap, logit_scale, extra, dtype),
-        reduction == "none",
+    u, b = lora if lora is not None else (None, None)
+    tensors = (
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        None if u is None else u.reshape(-1, u.shape[-1]),
+        b,
+        flat_target,
+        None if row_weight is None else row_weight.detach().float().reshape(-1),
+        divisor,
     )
-    needs = tuple(
+    needs = [
         torch.is_grad_enabled() and t is not None and t.requires_grad
-        for t in (hidden, weight, bias)
-    )
-    if torch.compiler.is_compiling():
-        function = torch.ops.barq.linear_cross_entropy
+        for t in (hidden, weight, bias, u, b)
+    ]
+    terms = LossTerms(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = Options(terms, max_extra_bytes, dtype, cuda, counted, per_token)
+    if compiling:
+        loss, tokens = compiled(tensors, options, reduction == "none", needs)
     else:
-        function = _LinearCrossEntropy.apply
-    loss = function(rows, weight, bias, flat_target, divisor, *options, *needs)[0]
-    return loss.view(target.shape) if reduction == "none" else loss  # type: ignore[no-any-return]
+        loss, tokens = LinearCrossEntropy.apply(*tensors, options, reduction == "none", needs)
+    if reduction == "none":
+        loss = loss.view(target.shape)
+    if not per_token:
+        return loss  # type: ignore[no-any-return]
+    log_prob, entropy, top1 = tokens.view(3, *target.shape)
+    return loss, TokenStatistics(log_prob, entropy, top1 > 0)
 
 
 def linear_cross_entropy_reference(
@@ -122,16 +218,21 @@ def linear_cross_entropy_reference(
     target: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
     num_items: torch.Tensor | float | None = None,
+    row_weight: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> torch.Tensor:
     """The definition in plain PyTorch, with all logits in memory; see :func:`linear_cross_entropy`."""
-    logits = F.linear(hidden, weight, bias) * logit_scale
+    logits = F.linear(hidden, weight, bias)
+    if lora is not None:
+        logits = logits + F.linear(*lora)
+    logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits if logits.dtype is torch.float64 else logits.float()
@@ -141,6 +242,8 @@ def linear_cross_entropy_reference(
     )
     valid = target != ignore_index
     losses = losses + torch.where(valid, z_loss * logits.logsumexp(-1).square(), 0.0)
+    if row_weight is not None:
+        losses = losses * row_weight.flatten()
     if reduction == "none":
         return losses.view(hidden.shape[:-1])
     if reduction == "sum":
@@ -148,14 +251,19 @@ def linear_cross_entropy_reference(
     return losses.sum() / (valid.sum().clamp(min=1) if num_items is None else num_items)
 
 
+def _unsupported(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
+    if weight.device != hidden.device:
+        return f"weight is on {weight.device} and hidden on {hidden.device}."
+    return None
+
+
 def _check_arguments(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     target: torch.Tensor,
     bias: torch.Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
+    lora: tuple[torch.Tensor, torch.Tensor] | None,
+    row_weight: torch.Tensor | None,
 ) -> None:
     op = "linear_cross_entropy"
     check_dtype(op, "hidden", hidden)
@@ -165,11 +273,12 @@ def _check_arguments(
             f"{op}: weight of shape {tuple(weight.shape)} does not fit hidden of shape "
             f"{tuple(hidden.shape)}; weight must be [V, H] for hidden [..., H]."
         )
-    if target.shape != hidden.shape[:-1]:
-        raise ArgumentError(
-            f"{op}: target of shape {tuple(target.shape)} must have hidden's shape without its last "
-            f"dimension, {tuple(hidden.shape[:-1])}."
-        )
+    for name, tensor in (("target", target), ("row_weight", row_weight)):
+        if tensor is not None and tensor.shape != hidden.shape[:-1]:
+            raise ArgumentError(
+                f"{op}: {name} of shape {tuple(tensor.shape)} must have hidden's shape without its "
+                f"last dimension, {tuple(hidden.shape[:-1])}."
+            )
     if target.dtype is not torch.int64:
         raise ArgumentError(f"{op}: target is {target.dtype}; cast it to int64.")
     if bias is not None:
@@ -178,120 +287,26 @@ def _check_arguments(
             raise ArgumentError(
                 f"{op}: bias of shape {tuple(bias.shape)} must be [V] = [{weight.shape[0]}]."
             )
+    if lora is not None:
+        u, b = lora
+        check_dtype(op, "lora[0]", u)
+        check_dtype(op, "lora[1]", b)
+        if u.shape[:-1] != hidden.shape[:-1] or b.shape != (weight.shape[0], u.shape[-1]):
+            raise ArgumentError(
+                f"{op}: lora of shapes {tuple(u.shape)} and {tuple(b.shape)} must be [..., r] like "
+                f"hidden {tuple(hidden.shape)}, and [V, r] with V = {weight.shape[0]}."
+            )
+
+
+def _check_options(
+    reduction: str, label_smoothing: float, softcap: float | None, logit_scale: float
+) -> None:
+    op = "linear_cross_entropy"
     if reduction not in ("mean", "sum", "none"):
         raise ArgumentError(f"{op}: reduction={reduction!r} must be 'mean', 'sum' or 'none'.")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ArgumentError(f"{op}: label_smoothing={label_smoothing} must be in [0, 1].")
     if softcap is not None and softcap <= 0.0:
         raise ArgumentError(f"{op}: softcap={softcap} must be positive, or None for no cap.")
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, bias, target, divisor, *options = inputs
-    *ctx.options, ctx.per_row, ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad = options
-    ctx.recomputes = ctx.per_row and (ctx.weight_grad or ctx.bias_grad)
-    if ctx.recomputes:
-        ctx.save_for_backward(hidden, weight, bias, target)
-    else:
-        ctx.save_for_backward(*output[1:], divisor)
-        ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
-
-
-def _backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
-    needs = (ctx.hidden_grad, ctx.weight_grad, ctx.bias_grad)
-    if ctx.recomputes:
-        hidden, weight, bias, target = ctx.saved_tensors
-        dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
-        arguments = (upstream, hidden, weight, bias, target, *ctx.options, *needs)
-        grads = torch.ops.barq.linear_cross_entropy_recompute(*arguments)
-        wanted = [
-            g.to(dtype) if need else None
-            for g, dtype, need in zip(grads, dtypes, needs, strict=True)
-        ]
-    else:
-        *grads, divisor = ctx.saved_tensors
-        if ctx.per_row:
-            factor = upstream.unsqueeze(1)
-        else:
-            factor = torch.ldexp(upstream, torch.frexp(1.0 / divisor).exponent)
-        wanted = [
-            _scaled(g, factor, dtype) if need else None
-            for g, dtype, need in zip(grads, ctx.dtypes, needs, strict=True)
-        ]
-    return (*wanted, *([None] * 13))
-
-
-def _scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``gradient * factor`` rounded to ``dtype`` in one pass, without an fp32 product in memory."""
-    out = torch.empty_like(gradient, dtype=dtype)
-    return torch.mul(gradient, factor, out=out)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Eager twin of the custom op: the same forward and backward with less dispatch in between."""
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
-        return forward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-        _setup_context(ctx, inputs, output)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if upstream is None:
-            return (None,) * 16
-        return _backward(ctx, upstream)
-
-
-# torch.compile traces these: opaque to it, so the number of valid rows causes no recompilation.
-_op = torch.library.custom_op("barq::linear_cross_entropy", forward, mutates_args=())
-_recompute_op = torch.library.custom_op(
-    "barq::linear_cross_entropy_recompute", recompute, mutates_args=()
-)
-
-
-@_op.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    divisor: torch.Tensor,
-    *options: Any,
-) -> tuple[torch.Tensor, ...]:
-    per_row, hidden_grad, weight_grad, bias_grad = options[-4:]
-    loss = hidden.new_empty(target.shape if per_row else (), dtype=torch.float32)
-    if per_row:
-        hidden_grad = hidden_grad and not (weight_grad or bias_grad)
-        weight_grad = bias_grad = False
-    return (loss, *_fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad))
-
-
-@_recompute_op.register_fake
-def _(
-    upstream: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    *options: Any,
-) -> tuple[torch.Tensor, ...]:
-    return _fake_gradients(hidden, weight, bias, *options[-3:])
-
-
-def _fake_gradients(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *wanted: bool
-) -> tuple[torch.Tensor, ...]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(
-        hidden.new_empty(shape if want else 0, dtype=torch.float32)
-        for shape, want in zip(shapes, wanted, strict=True)
-    )
-
-
-_op.register_autograd(_backward, setup_context=_setup_context)
+    if logit_scale <= 0.0:
+        raise ArgumentError(f"{op}: logit_scale={logit_scale} must be positive.")

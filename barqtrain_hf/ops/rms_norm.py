@@ -18,14 +18,9 @@ from typing import Any
 import torch
 
 from barqtrain_hf.errors import ArgumentError
-from barqtrain_hf.ops._backend import Backend, check_dtype, use_cuda
+from barqtrain_hf.ops._backend import CUDA_NAMES, Backend, check_dtype, use_cuda
 from barqtrain_hf.runtime import Kernel, sm_count
 
-_CUDA_NAMES = {
-    torch.float32: "float",
-    torch.float16: "__half",
-    torch.bfloat16: "__nv_bfloat16",
-}
 _MAX_THREADS = 512  # kMaxThreads of the kernels
 _WARP = 32
 
@@ -196,7 +191,7 @@ def _threads(wanted: int, at_least: int) -> int:
 def _forward_kernel(
     x: torch.dtype, weight: torch.dtype, out: torch.dtype, vec: int, items: int
 ) -> Kernel:
-    types = f"{_CUDA_NAMES[x]},{_CUDA_NAMES[weight]},{_CUDA_NAMES[out]}"
+    types = f"{CUDA_NAMES[x]},{CUDA_NAMES[weight]},{CUDA_NAMES[out]}"
     return Kernel(
         "rms_norm.cu",
         f"rms_norm_forward<{types},{vec},{items}>",
@@ -218,7 +213,7 @@ def _forward_kernel(
 def _backward_kernel(
     x: torch.dtype, weight: torch.dtype, dy: torch.dtype, vec: int, items: int
 ) -> Kernel:
-    types = f"{_CUDA_NAMES[x]},{_CUDA_NAMES[weight]},{_CUDA_NAMES[dy]}"
+    types = f"{CUDA_NAMES[x]},{CUDA_NAMES[weight]},{CUDA_NAMES[dy]}"
     return Kernel(
         "rms_norm.cu",
         f"rms_norm_backward<{types},{vec},{items}>",
@@ -240,7 +235,7 @@ def _backward_kernel(
 @functools.cache
 def _column_sum_kernel(out: torch.dtype) -> Kernel:
     parameters = {"partial": torch.float32, "out": out, "parts": "int32", "dim": "int32"}
-    return Kernel("rms_norm.cu", f"column_sum<{_CUDA_NAMES[out]}>", parameters)
+    return Kernel("rms_norm.cu", f"column_sum<{CUDA_NAMES[out]}>", parameters)
 
 
 # torch.compile traces these instead of the Function above: opaque to it, so no graph break.
