@@ -18,7 +18,13 @@ from barqtrain_hf.config import BarqConfig
 from barqtrain_hf.data import BarqDataCollator, PackedDataset
 from barqtrain_hf.errors import DataError, UnsupportedError
 from barqtrain_hf.metrics import ThroughputMeter
-from barqtrain_hf.patching import FusedLoss, PatchReport, head_unsupported, unwrap
+from barqtrain_hf.patching import (
+    FusedLoss,
+    PatchReport,
+    head_unsupported,
+    raise_bad_target,
+    unwrap,
+)
 from barqtrain_hf.patching.head import OP as FUSED_HEAD
 
 
@@ -110,8 +116,21 @@ class BarqTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         takes_count = _smoother_takes_count() if smoothing else self.model_accepts_loss_kwargs
+        count = num_items_in_batch if takes_count else None
+        factor = 1
+        if (
+            self.args.average_tokens_across_devices
+            and self.model_accepts_loss_kwargs
+            and num_items_in_batch is not None
+        ):
+            # The Trainer counts targets over all ranks while DDP averages gradients over them.
+            parallel = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
+            factor = self.accelerator.num_processes // parallel
+        if count is not None and factor != 1:
+            # In the divisor the factor costs nothing; on the loss, a pass over the head's gradient.
+            count, factor = count / factor, 1
         fused = FusedLoss(
-            num_items_in_batch if takes_count else None,
+            count,
             smoothing,
             self._kernels.config.max_extra_bytes if self._kernels else None,
         )
@@ -122,15 +141,7 @@ class BarqTrainer(Trainer):
                 "would be divided wrongly.",
                 'Pass barq_config={"linear_cross_entropy": False}.',
             )
-        loss = outputs["loss"]
-        if (
-            self.args.average_tokens_across_devices
-            and self.model_accepts_loss_kwargs
-            and num_items_in_batch is not None
-        ):
-            # The Trainer counts targets over all ranks while DDP averages gradients over them.
-            parallel = self.get_tp_size() if hasattr(self, "get_tp_size") else 1
-            loss = loss * (self.accelerator.num_processes // parallel)
+        loss = outputs["loss"] * factor if factor != 1 else outputs["loss"]
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _fuses(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> bool:
@@ -198,7 +209,12 @@ class BarqTrainer(Trainer):
         return nullcontext() if self._meter is None else self._meter.paused()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with throughput and memory beside the training loss."""
+        """As in Trainer, with throughput and memory beside the training loss.
+
+        Raises:
+            ArgumentError: a label outside the vocabulary in a step of a compiled model since the last call.
+        """
+        raise_bad_target()
         if self._meter is not None and "loss" in logs:
             logs = {**logs, **self._meter.logs()}
         super().log(logs, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Putting ops into a model's instances, and taking them out again."""
 
+from barqtrain_hf.ops import raise_bad_target
 from barqtrain_hf.patching.head import FusedLoss, head_unsupported
 from barqtrain_hf.patching.install import patch_model, unpatch_model, unwrap
 from barqtrain_hf.patching.report import PatchReport
@@ -9,6 +10,7 @@ __all__ = [
     "PatchReport",
     "head_unsupported",
     "patch_model",
+    "raise_bad_target",
     "unpatch_model",
     "unwrap",
 ]

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutput
 
-from barqtrain_hf.ops.linear_cross_entropy import linear_cross_entropy
-from barqtrain_hf.patching import probe
+from barqtrain_hf.errors import UnsupportedError
+from barqtrain_hf.ops import CountedTarget, linear_cross_entropy
+from barqtrain_hf.patching import head_lora, probe, sharding
 
 OP = "linear_cross_entropy"
 _MARK = "_takes_fused_loss"  # set on our root forwards
@@ -50,8 +51,13 @@ class FusedLoss:
 class _Target:
     """What the root hands to the head; opaque to FSDP2 for the same reason as `FusedLoss`."""
 
-    def __init__(self, labels: torch.Tensor, fused: FusedLoss, config: Any) -> None:
+    def __init__(self, labels: torch.Tensor | CountedTarget, fused: FusedLoss, config: Any) -> None:
         self.labels, self.fused, self.config = labels, fused, config
+
+    def on(self, device: torch.device) -> torch.Tensor | CountedTarget:
+        """The labels on the head's device, which may not be the first layer's."""
+        labels = self.labels.target if isinstance(self.labels, CountedTarget) else self.labels
+        return self.labels if labels.device == device else labels.to(device)
 
 
 def install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
@@ -60,6 +66,15 @@ def install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
     Returns:
         The (module, bound forward) pairs, or the reason why the model keeps its own loss.
     """
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        return "it is not a transformers model"
+    if model.get_output_embeddings() is None:
+        return "it has no LM head"
+    with sharding.gathered(p for leaf in _leaves(model) for p in leaf.parameters()):
+        return _install(model)
+
+
+def _install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
     reason = _structure_unsupported(model)
     if reason is not None:
         return reason
@@ -109,6 +124,11 @@ def head_unsupported(model: nn.Module, inputs: dict[str, Any]) -> str | None:
         return "logits_to_keep is set"
     if any(inputs.get(name) for name in ("output_hidden_states", "output_attentions")):
         return "hidden states or attentions are asked for"
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if head_lora.is_lora_linear(head):
+        if "adapter_names" in inputs or "alora_offsets" in inputs:
+            return "the batch chooses adapters"
+        return head_lora.unsupported(head)
     return None
 
 
@@ -124,8 +144,8 @@ def _root_forward(cls: type[nn.Module]) -> Any:
         kwargs.pop("logits_to_keep", None)
         # A cache would be of no use, and makes transformers miss the boundaries of packed documents.
         kwargs["use_cache"] = False
+        target = _Target(_counted(shift_labels), fused_loss, self.config)
         hidden = self.base_model(*args, **kwargs)[0]  # type: ignore[operator]
-        target = _Target(shift_labels, fused_loss, self.config)
         return CausalLMOutput(loss=self.get_output_embeddings()(hidden, fused_target=target))  # type: ignore[operator]
 
     # The Trainer reads the signature for column names, generate() for model kwargs. Not
@@ -135,17 +155,40 @@ def _root_forward(cls: type[nn.Module]) -> Any:
     return forward
 
 
+def _counted(labels: torch.Tensor) -> torch.Tensor | CountedTarget:
+    """Asks for the number of rows with a target before the layers are queued; see `CountedTarget`."""
+    if torch.compiler.is_compiling():
+        return labels
+    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+        return labels
+    return CountedTarget(labels)
+
+
 def _head_forward(
-    self: nn.Linear, x: torch.Tensor, fused_target: _Target | None = None
+    self: nn.Module,
+    x: torch.Tensor,
+    *args: Any,
+    fused_target: _Target | None = None,
+    **kwargs: Any,
 ) -> torch.Tensor:
     if fused_target is None:
-        return type(self).forward(self, x)
+        return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     fused, config = fused_target.fused, fused_target.config
+    linear, lora = self, None
+    if head_lora.is_lora_linear(self):
+        linear, lora = self.base_layer, head_lora.low_rank_product(self, x)  # type: ignore[assignment]
+        reason = sharding.missing(linear.weight)
+        if reason is not None:
+            raise UnsupportedError(
+                f"the weight inside the LM head's LoRA layer is not there: {reason}.",
+                'Pass barq_config={"linear_cross_entropy": False}.',
+            )
     return linear_cross_entropy(
         x,
-        self.weight,
-        fused_target.labels.to(x.device),
-        bias=self.bias,
+        linear.weight,  # type: ignore[arg-type]
+        fused_target.on(x.device),
+        bias=linear.bias,  # type: ignore[arg-type]
+        lora=lora,
         num_items=fused.num_items,
         label_smoothing=fused.label_smoothing,
         softcap=getattr(config, "final_logit_softcapping", None),
@@ -161,8 +204,8 @@ def _logit_scale(config: Any) -> float:
     )
 
 
-def _leaves(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers behind the head: itself, or all copies under PEFT's modules_to_save."""
+def _leaves(model: nn.Module) -> list[nn.Module]:
+    """The layers behind the head: itself, or all copies under PEFT's modules_to_save."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         return [head.original_module, *head.modules_to_save.values()]
@@ -170,10 +213,6 @@ def _leaves(model: nn.Module) -> list[nn.Linear]:
 
 
 def _structure_unsupported(model: nn.Module) -> str | None:
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
-        return "it is not a transformers model"
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
-        return "it has no LM head"
     if getattr(model.config, "is_encoder_decoder", False):
         return "encoder-decoder models keep their own loss"
     if model.base_model is model:
@@ -181,12 +220,13 @@ def _structure_unsupported(model: nn.Module) -> str | None:
     if "forward" in model.__dict__:
         return "its forward is already patched (by accelerate, Liger or another package)"
     for leaf in _leaves(model):
-        if type(leaf) is not nn.Linear:
+        if type(leaf) is not nn.Linear and not head_lora.is_lora_linear(leaf):
             return f"its head is a {type(leaf).__module__}.{type(leaf).__name__}, not a plain nn.Linear"
         if "forward" in leaf.__dict__:
             return "its head's forward is already patched"
-        if leaf.weight.is_meta or leaf.weight.numel() == 0:
-            return "its head's weight is not on this device yet, so the loss cannot be probed"
+        reason = sharding.missing(leaf.weight)
+        if reason is not None:
+            return f"its head: {reason}"
     return None
 
 
@@ -198,8 +238,11 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
     logits however large the model is, and sees softcaps, scales and custom losses whatever their names.
     """
     leaf = _leaves(model)[0]
-    weight, device = leaf.weight, leaf.weight.device
-    dtype = weight.dtype
+    weight = leaf.weight
+    assert isinstance(weight, torch.Tensor)
+    dtype, device = weight.dtype, weight.device
+    training = {m: m.training for m in leaf.modules()}
+    leaf.eval()  # an adapter's dropout would make two calls differ
     generator = torch.Generator(device).manual_seed(0)
     labels = torch.randint(weight.shape[0], (1, 9), generator=generator, device=device)
     labels[0, 3:5] = -100
@@ -217,6 +260,9 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
         (our_grad,) = torch.autograd.grad(ours, hidden)
     except Exception as error:  # whatever a foreign forward raises, its loss is not ours
         return f"the probe fails: {type(error).__name__}: {error}"
+    finally:
+        for module, mode in training.items():
+            module.training = mode
     names = ("the loss", "its gradient")
     return probe.first_difference(names, (ours, our_grad), (stock, stock_grad), dtype)
 

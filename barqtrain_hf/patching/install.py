@@ -11,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from barqtrain_hf.config import BarqConfig
-from barqtrain_hf.patching import head, norms
+from barqtrain_hf.patching import head, norms, sharding
 from barqtrain_hf.patching.report import PatchReport
 from barqtrain_hf.runtime import cuda_unavailable_reason
 
@@ -68,7 +68,8 @@ def patch_model(
         patches.report.forget(norms.OP)
         for name, module in base.named_modules():
             if norms.is_candidate(module):
-                _bind_norm(base, name, module, patches)
+                with sharding.gathered(module.parameters()):
+                    _bind_norm(base, name, module, patches)
     reason = cuda_unavailable_reason()
     if reason is not None and torch.cuda.is_available() and not patches.report.notes:
         patches.report.notes.append(reason)

@@ -10,7 +10,7 @@ from torch import nn
 
 from barqtrain_hf.errors import BarqError
 from barqtrain_hf.ops.rms_norm import rms_norm
-from barqtrain_hf.patching import probe
+from barqtrain_hf.patching import probe, sharding
 from barqtrain_hf.patching.report import PatchReport
 
 OP = "rms_norm"
@@ -23,7 +23,8 @@ def is_candidate(module: nn.Module) -> bool:
     parameters = dict(module.named_parameters(recurse=False))
     return (
         list(parameters) == ["weight"]
-        and parameters["weight"].dim() == 1
+        # A weight that ZeRO-3 has partitioned is 1-D whatever it was.
+        and len(getattr(parameters["weight"], "ds_shape", parameters["weight"].shape)) == 1
         and next(module.children(), None) is None
         and _epsilon_name(module) is not None
     )
@@ -32,8 +33,9 @@ def is_candidate(module: nn.Module) -> bool:
 def new_forward(module: nn.Module, report: PatchReport) -> Callable[..., Any] | str:
     """The forward to bind, or the reason why there is none."""
     weight = module.weight
-    if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.numel() == 0:
-        return "its weight is not on this device yet, so the op cannot be probed"
+    reason = sharding.missing(weight)
+    if reason is not None or not isinstance(weight, torch.Tensor):
+        return str(reason)
     epsilon = _epsilon_name(module)
     assert epsilon is not None
     # Under autocast the residual stream may be fp32 while weights are 16-bit, and the other way round.

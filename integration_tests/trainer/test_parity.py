@@ -197,20 +197,6 @@ def test_peft(head: list[str] | None, tmp_path: Path) -> None:
     assert hasattr(saved, "modules_to_save") == (head is not None)
 
 
-def test_lora_on_the_head_keeps_the_stock_loss(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-
-    def model() -> Any:
-        torch.manual_seed(5)
-        return peft.get_peft_model(
-            tiny_model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
-        )
-
-    trainer = assert_equal_runs(model, tmp_path, fused=False)
-    assert "linear_cross_entropy" not in trainer.barq_report.installed
-    assert "lora" in str(trainer.barq_report).lower()
-
-
 def test_compute_metrics_gets_its_logits(tmp_path: Path) -> None:
     def accuracy(prediction: Any) -> dict[str, float]:
         logits, labels = prediction

@@ -1,0 +1,29 @@
+"""Weights that are in parts: ZeRO-3 leaves an empty tensor where a weight was until it is gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def gathered(weights: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Whole weights while the context lasts, for a probe; collective under ZeRO-3, else nothing."""
+    partitioned = [weight for weight in weights if hasattr(weight, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return GatheredParameters(partitioned)  # type: ignore[no-any-return]
+
+
+def missing(weight: Any) -> str | None:
+    """Why a weight cannot be probed with, or None."""
+    if isinstance(weight, DTensor):
+        return "the model is sharded already (FSDP2 or tensor parallelism); patch it before that"
+    if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.numel() == 0:
+        return "its weight is not on this device yet, so it cannot be probed"
+    return None
