@@ -177,7 +177,7 @@ def _head_forward(
     linear, lora = self, None
     if head_lora.is_lora_linear(self):
         linear, lora = self.base_layer, head_lora.low_rank_product(self, x)  # type: ignore[assignment]
-        reason = sharding.missing(linear.weight)
+        reason = sharding.sharded(linear.weight) or sharding.missing(linear.weight)
         if reason is not None:
             raise UnsupportedError(
                 f"the weight inside the LM head's LoRA layer is not there: {reason}.",
@@ -224,7 +224,7 @@ def _structure_unsupported(model: nn.Module) -> str | None:
             return f"its head is a {type(leaf).__module__}.{type(leaf).__name__}, not a plain nn.Linear"
         if "forward" in leaf.__dict__:
             return "its head's forward is already patched"
-        reason = sharding.missing(leaf.weight)
+        reason = sharding.sharded(leaf.weight) or sharding.missing(leaf.weight)
         if reason is not None:
             return f"its head: {reason}"
     return None

@@ -1,4 +1,4 @@
-"""Weights that are in parts: ZeRO-3 leaves an empty tensor where a weight was until it is gathered."""
+"""Weights that are in parts: DTensors under FSDP2, empty tensors under ZeRO-3 until they are gathered."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ def gathered(weights: Iterable[torch.Tensor]) -> AbstractContextManager[Any]:
     partitioned = [weight for weight in weights if hasattr(weight, "ds_id")]
     if not partitioned:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    return GatheredParameters(partitioned)  # type: ignore[no-any-return]
+    return zero.GatheredParameters(partitioned)  # type: ignore[no-any-return]
+
+
+def sharded(weight: Any) -> str | None:
+    """Why a head cannot be probed with a weight that FSDP2 or tensor parallelism has split, or None."""
+    if isinstance(weight, DTensor):
+        return "the model is sharded already (FSDP2 or tensor parallelism); patch it before that"
+    return None
 
 
 def missing(weight: Any) -> str | None:
     """Why a weight cannot be probed with, or None."""
-    if isinstance(weight, DTensor):
-        return "the model is sharded already (FSDP2 or tensor parallelism); patch it before that"
     if not isinstance(weight, torch.Tensor) or weight.is_meta or weight.numel() == 0:
         return "its weight is not on this device yet, so it cannot be probed"
     return None

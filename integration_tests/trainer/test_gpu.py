@@ -1,15 +1,18 @@
-"""BarqTrainer against stock Trainer on a GPU, where the norms are our kernels, in every dtype regime."""
+"""BarqTrainer against stock Trainer on a GPU, where norms and loss are our kernels, in every dtype."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import FAMILIES, WITHOUT_RMS_NORM, tiny_model
+from test_lora_head import lora_on_the_head
 from test_parity import assert_equal_runs
 
+from barqtrain_hf.ops import CountedTarget
 from barqtrain_hf.runtime import Kernel
 
 pytestmark = pytest.mark.gpu
@@ -53,8 +56,11 @@ def test_families(family: str, regime: str, launches: list[str], tmp_path: Path)
     # The probe launches kernels too; what training uses is what is installed.
     installed = "rms_norm" in trainer.barq_report.installed
     assert installed == (family not in WITHOUT_RMS_NORM)
-    if installed:
-        assert {"rms_norm_forward", "rms_norm_backward", "column_sum"} == set(launches)
+    norms = {name for name in launches if not name.startswith(("cross_entropy", "count", "scale"))}
+    assert norms == (
+        {"rms_norm_forward", "rms_norm_backward", "column_sum"} if installed else set()
+    )
+    assert {"cross_entropy_rows", "cross_entropy_gradient", "count_targets"} <= set(launches)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +79,7 @@ def test_settings(options: dict[str, Any], launches: list[str], tmp_path: Path) 
     assert_equal_runs(
         lambda: tiny_model("llama"), tmp_path, use_cpu=False, tolerance=tolerance, **options
     )
-    assert "rms_norm_backward" in launches
+    assert "rms_norm_backward" in launches and "cross_entropy_rows" in launches
 
 
 def test_lora(launches: list[str], tmp_path: Path) -> None:
@@ -89,3 +95,30 @@ def test_lora(launches: list[str], tmp_path: Path) -> None:
     assert_equal_runs(model, tmp_path, use_cpu=False, bf16=True, tolerance=1000, max_steps=2)
     # Frozen norm weights: their gradient is not computed.
     assert "column_sum" not in launches and "rms_norm_backward" in launches
+
+
+def test_lora_on_the_head(launches: list[str], tmp_path: Path) -> None:
+    def model() -> Any:
+        return lora_on_the_head("llama").to(torch.bfloat16)
+
+    assert_equal_runs(model, tmp_path, use_cpu=False, bf16=True, tolerance=1000, max_steps=2)
+    assert "cross_entropy_rows" in launches
+
+
+def test_the_loop_waits_for_no_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The number of targets is asked for before the layers are queued: the loss waits for nothing."""
+    waited: list[bool] = []
+    numbers = CountedTarget.numbers
+
+    def watched(self: CountedTarget) -> tuple[int, int, int]:
+        if self._event is not None and len(waited) < 3:
+            torch.cuda._sleep(200_000_000)  # stands for layers that are queued and not done
+            start = time.perf_counter()
+            found = numbers(self)
+            waited.append(time.perf_counter() - start > 0.02)
+            return found
+        return numbers(self)
+
+    monkeypatch.setattr(CountedTarget, "numbers", watched)
+    assert_equal_runs(lambda: tiny_model("llama"), tmp_path, use_cpu=False, tolerance=2.0)
+    assert waited == [False] * 3
