@@ -21,7 +21,7 @@ class BarqConfig:
         rms_norm: replace the forward of RMSNorm modules.
         linear_cross_entropy: compute the loss in the LM head, without holding all logits.
         max_extra_bytes: memory for logits and their gradient in the fused loss; None for the op's
-            default. More is faster, up to a few thousand rows at a time.
+            default, which depends on the shapes and the GPU's free memory (see `linear_cross_entropy`).
     """
 
     rms_norm: bool = True

@@ -80,12 +80,15 @@ class Batch(NamedTuple):
             [w.to(dtype) for w in (weight, lora_weight) if w is not None],
             None if bias is None else bias.to(dtype),
         )
-        picked = pick(target)
+        picked, terms = pick(target), options.terms
+        if terms.ignore_index >= 0:  # rows are told apart by whether their target is a class
+            picked = torch.where(picked == terms.ignore_index, -1, picked)
+            terms = terms._replace(ignore_index=-1)
         context = RowContext(
             picked,
             scale if len(scale) == 1 else pick(scale),
             scale.new_empty(6, len(picked)),
-            options.terms,
+            terms,
             vocabulary,
             options.per_token,
             options.cuda,
@@ -177,8 +180,15 @@ def _products(device_type: str) -> Iterator[None]:
     default; that is another rounding of gradients, whose sums run over all rows or the vocabulary.
     """
     matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in names]
+    names = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
+    # Later releases of torch keep a pair, whose second half they show under a name of its own.
+    splits = [f"{name}_split_k" for name in names]
+    before = [
+        (getattr(matmul, name), getattr(matmul, split))
+        if hasattr(matmul, split)
+        else getattr(matmul, name)
+        for name, split in zip(names, splits, strict=True)
+    ]
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         try:
             for name in names:
@@ -226,7 +236,8 @@ def take(
             # Where memory is scarce, hidden's gradient too is rounded before its last factor is known.
             hidden_bytes = head.inputs[0].numel() * 2
             if needs[0] and options.dtype is torch.bfloat16:
-                if hidden_bytes > extra // 10:
+                row_bytes = head.stride * context.bytes_per_logit(head.dtype)
+                if hidden_bytes > min(extra // 10, extra - row_bytes):
                     dtypes[0] = final_dtypes(inputs, options.dtype)[0]
                 else:
                     extra -= hidden_bytes
@@ -234,7 +245,9 @@ def take(
             filled = run(head, context, buffers, extra)
             grads = batch.results(filled) if any(needs) else None
         statistics = batch.spread(context.statistics, 1)
-        losses = statistics[LOSS] if row_weight is None else statistics[LOSS] * row_weight
+        losses = statistics[LOSS]
+        if row_weight is not None:  # an ignored row has loss 0 whatever its weight
+            losses = torch.where(losses == 0.0, 0.0, losses * row_weight)
         loss = losses.clone() if per_row else losses.sum() / divisor
         wanted = [LOG_PROB, ENTROPY, TOP1] if options.per_token else []
         return Result(loss, statistics[wanted], grads, kept)
@@ -275,8 +288,14 @@ def gradient_scale(divisor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def final_dtypes(inputs: Inputs, dtype: torch.dtype) -> list[torch.dtype]:
-    """Of gradients that get no further factor: the input's own, where a product can be rounded to it."""
-    return [dtype if x is not None and x.dtype is dtype else torch.float32 for x in inputs]
+    """Of gradients that get no further factor: the input's own, where a product can be rounded to it.
+
+    fp32 for bias and LoRA's pair: they are small, and summed over chunks.
+    """
+    return [
+        dtype if i < 2 and x is not None and x.dtype is dtype else torch.float32
+        for i, x in enumerate(inputs)
+    ]
 
 
 def early_dtypes(inputs: Inputs, dtype: torch.dtype) -> list[torch.dtype]:

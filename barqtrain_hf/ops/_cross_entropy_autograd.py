@@ -42,30 +42,31 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.options, ctx.per_row, ctx.needs = options, per_row, needs
-        ctx.result = result
+        ctx.grads, ctx.kept = result.grads, result.kept  # not the loss, which refers to ctx
         return result.loss, result.tokens
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        *inputs, target, row_weight, divisor = ctx.saved_tensors
-        count = len(ctx.saved_tensors) + 3
+        *inputs, target, row_weight, divisor = ctx.saved_tensors  # once: hooks may unpack only once
+        count = len(inputs) + 6
         if upstream is None:
             return (None,) * count
-        result, ctx.result = ctx.result, None
+        early, kept = ctx.grads, ctx.kept
+        ctx.grads = ctx.kept = None
         dtype = ctx.options.dtype
-        if result is None or result.grads is None:
+        if early is None:
             scale = upstream if ctx.per_row else upstream / divisor
             scale = (scale if row_weight is None else scale * row_weight).reshape(-1).contiguous()
-            if result is not None and result.kept is not None:
-                grads = result.kept.gradients(inputs, scale, ctx.needs)
+            if kept is not None:
+                grads = kept.gradients(inputs, scale, ctx.needs)
             else:
                 grads = take_again(inputs, target, scale, ctx.options, ctx.needs)
             factor = None
         else:
-            grads = result.grads
+            grads = early
             factor = _factor(upstream, divisor, dtype, ctx.per_row)
-        del result
+        del kept, early
         given = [
             _final(g, factor, x.dtype, ctx.options.cuda) if need else None
             for g, x, need in zip(grads, inputs, ctx.needs, strict=True)
@@ -133,7 +134,7 @@ def compiled(
     loss, tokens, *_ = torch.ops.barq.linear_cross_entropy(
         *tensors, *terms, extra, dtype, cuda, compact, per_token, per_row, needs
     )
-    return loss, tokens
+    return loss, tokens.detach()
 
 
 @torch.library.custom_op("barq::linear_cross_entropy", mutates_args=())

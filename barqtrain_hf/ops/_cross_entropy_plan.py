@@ -22,6 +22,7 @@ import torch
 
 from barqtrain_hf.errors import ArgumentError
 from barqtrain_hf.ops._cross_entropy_rows import RowContext
+from barqtrain_hf.ops._targets import capturing
 
 # Summing V·H in fp32 per chunk of fewer rows costs more than computing a third of the logits again.
 _MIN_SUMMED_ROWS = 1024
@@ -124,9 +125,9 @@ def default_extra_bytes(
         summed = weight.numel() * 4 + 2 * _MIN_SUMMED_ROWS * row_bytes
         bound = max(_TRAINED_BYTES - gradients, summed)
     # PyTorch needs copies of the logits; a vocabulary is rounded up to a multiple of 16 bytes.
-    wanted = min(bound, 4 * max(rows, 1) * (row_bytes + 16))
+    wanted = min(bound, 8 * max(rows, 1) * (row_bytes + 16))
     device = weight.device
-    if device.type != "cuda" or wanted <= _FROZEN_BYTES or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or wanted <= _FROZEN_BYTES or capturing(device):
         return wanted
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -18,6 +18,14 @@ _pending: dict[torch.device, torch.Tensor] = {}
 _without_sync: set[torch.device] = set()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the device's current stream records a CUDA graph, which forbids all waiting."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 class CountedTarget:
     """Targets whose number of rows is on its way to the host.
 
@@ -26,7 +34,7 @@ class CountedTarget:
     the model: the host stays ahead of the device.
 
     Args:
-        target: [...] int64.
+        target: [...] int64, not to be changed until the loss is computed.
         ignore_index: as in `linear_cross_entropy`.
     """
 
@@ -48,7 +56,7 @@ class CountedTarget:
         self._event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
 
     def numbers(self) -> tuple[int, int, int]:
         """Rows that are not ignored, and their smallest and largest target (or 0).
@@ -60,6 +68,7 @@ class CountedTarget:
             self._event.synchronize()
             self._event = None
         count, low, high, *noted = self._numbers.tolist()
+        self._numbers[3:] = 0  # an error is raised once
         _raise(noted, self.target.device)
         return count, low, high
 
@@ -91,7 +100,8 @@ def valid_rows(
     count, low, high = counted.numbers()
     if low < 0 or high >= vocabulary:
         _note(target, ignore_index, vocabulary, pending)
-        _raise(pending.tolist(), target.device, f" of {vocabulary}", ignore_index)
+        hint = f" of {vocabulary}; a row without a loss must have ignore_index ({ignore_index})"
+        _raise(pending.tolist(), target.device, hint)
     if count >= (1.0 - _WORTH_DROPPING) * len(target):
         return None
     return torch.nonzero_static(target != ignore_index, size=count).squeeze(1)
@@ -107,15 +117,13 @@ def raise_bad_target() -> None:
         _raise(_pending[device].tolist(), device)
 
 
-def _raise(
-    noted: list[int], device: torch.device, vocabulary: str = "", ignore_index: int = -100
-) -> None:
+def _raise(noted: list[int], device: torch.device, hint: str = "") -> None:
     row, target = noted
     if row:
         _pending[device].zero_()
         raise ArgumentError(
             f"linear_cross_entropy: target[{row - 1}] = {target} is outside the vocabulary"
-            f"{vocabulary}; a row without a loss must have ignore_index ({ignore_index})."
+            f"{hint or '; a row without a loss must have the ignore_index'}."
         )
 
 

@@ -14,8 +14,9 @@ a slab of logits once and writes its gradient in place (``cuda/cross_entropy.cu`
 `_chunked_cross_entropy` says where the gradients are taken, `_cross_entropy_plan` how large a slab is and
 how weight's gradient comes together without a sum of rounded parts.
 
-The gradient is divided by num_items before it is rounded to a 16-bit type; in fp16 only by its mantissa,
-and the power of two is applied to the result, exactly, so that fp16 does not underflow.
+The gradient is divided by num_items before it is rounded to a 16-bit type. In fp16, where it must be
+rounded before the upstream gradient (a loss scale) is known, only by its mantissa; the power of two is
+applied to the result, exactly, so that nothing underflows that would not underflow in stock PyTorch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from barqtrain_hf.ops._backend import Backend, check_dtype, use_cuda
 from barqtrain_hf.ops._chunked_cross_entropy import Options
 from barqtrain_hf.ops._cross_entropy_autograd import LinearCrossEntropy, compiled
 from barqtrain_hf.ops._cross_entropy_rows import LossTerms
-from barqtrain_hf.ops._targets import CountedTarget
+from barqtrain_hf.ops._targets import CountedTarget, capturing
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -159,10 +160,10 @@ def linear_cross_entropy(
     _check_arguments(hidden, weight, target, bias, lora, row_weight)
     _check_options(reduction, label_smoothing, softcap, logit_scale)
     cuda = use_cuda("linear_cross_entropy", backend, hidden, _unsupported(hidden, weight))
-    flat_target = target.reshape(-1)
+    flat_target = target.reshape(-1).contiguous()
     compiling = torch.compiler.is_compiling()
     # Neither a graph nor a compiled model may wait for the number of rows with a target.
-    static = hidden.is_cuda and (compiling or torch.cuda.is_current_stream_capturing())
+    static = hidden.is_cuda and (compiling or capturing(hidden.device))
     if static:
         counted = None
     elif counted is None and not compiling:
@@ -172,6 +173,11 @@ def linear_cross_entropy(
         divisor = count.clamp(min=1).float()
     elif reduction == "mean":
         divisor = torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
+        if divisor.numel() != 1:
+            raise ArgumentError(
+                f"linear_cross_entropy: num_items of shape {tuple(divisor.shape)} must be one number."
+            )
+        divisor = divisor.reshape(())
         # No target in the whole batch: a loss of zero and not of 0 / 0.
         divisor = torch.where(divisor == 0, torch.ones_like(divisor), divisor)
     elif num_items is not None:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.ops import CountedTarget, linear_cross_entropy
+from barqtrain_hf.ops._targets import capturing
 from barqtrain_hf.patching import head_lora, probe, sharding
 
 OP = "linear_cross_entropy"
@@ -159,7 +160,7 @@ def _counted(labels: torch.Tensor) -> torch.Tensor | CountedTarget:
     """Asks for the number of rows with a target before the layers are queued; see `CountedTarget`."""
     if torch.compiler.is_compiling():
         return labels
-    if labels.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(labels.device):
         return labels
     return CountedTarget(labels)
 
@@ -241,8 +242,11 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
     weight = leaf.weight
     assert isinstance(weight, torch.Tensor)
     dtype, device = weight.dtype, weight.device
-    training = {m: m.training for m in leaf.modules()}
-    leaf.eval()  # an adapter's dropout would make two calls differ
+    # The probe is about what the model does with its head's logits. An adapter on the head would add its
+    # dropout, and in 16 bits another order of rounding; it is put out for the two calls.
+    adapted = head_lora.is_lora_linear(leaf) and not leaf.disable_adapters and not leaf.merged
+    if adapted:
+        leaf._disable_adapters = True
     generator = torch.Generator(device).manual_seed(0)
     labels = torch.randint(weight.shape[0], (1, 9), generator=generator, device=device)
     labels[0, 3:5] = -100
@@ -261,8 +265,8 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
     except Exception as error:  # whatever a foreign forward raises, its loss is not ours
         return f"the probe fails: {type(error).__name__}: {error}"
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        if adapted:
+            leaf._disable_adapters = False
     names = ("the loss", "its gradient")
     return probe.first_difference(names, (ours, our_grad), (stock, stock_grad), dtype)
 

@@ -174,11 +174,9 @@ class Kernel:
                 path, lowered = cubin_for(self.source, self.name, architecture(device))
                 module = cupy.RawModule(path=str(path))
                 function = module.get_function(lowered).kernel.ptr
-                if self._shared_bytes > _SHARED_BYTES:
+                own = driver.funcGetAttribute(driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
+                if self._shared_bytes + own > _SHARED_BYTES:
                     # All there is: another Kernel may share the function and need more.
-                    own = driver.funcGetAttribute(
-                        driver.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function
-                    )
                     most = (
                         torch.cuda.get_device_properties(device).shared_memory_per_block_optin - own
                     )

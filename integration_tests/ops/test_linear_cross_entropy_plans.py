@@ -193,13 +193,14 @@ def test_lora(budget: int | None, reduction: str, dtype: torch.dtype, device: st
 def test_misaligned_and_strided_inputs(trained: bool) -> None:
     hidden, weight, target = case(50, 41, 999, torch.bfloat16, "cuda")
     options: dict[str, Any] = {"max_extra_bytes": 20 * 1000 * 2}
-    h = hidden[:, 1:].requires_grad_()
-    w = weight[:, 1:].requires_grad_(trained)
-    ours = linear_cross_entropy(h, w, target, **options)
-    stock = linear_cross_entropy(h.contiguous(), w.contiguous(), target, **options)
-    assert torch.equal(ours, stock)
-    ours.backward()
-    assert torch.isfinite(h.grad if h.is_leaf else torch.zeros(1)).all()
+    views = hidden[:, 1:], weight[:, 1:]
+    results = []
+    for h, w in (views, [v.contiguous() for v in views]):
+        h, w = h.detach().requires_grad_(), w.detach().requires_grad_(trained)
+        loss = linear_cross_entropy(h, w, target, **options)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [h, w] if trained else [h])])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).norm() <= 1e-2 * theirs.norm()
 
 
 @pytest.mark.gpu
@@ -231,9 +232,7 @@ def test_cuda_graph_replays_with_other_targets() -> None:
         replayed = [captured.detach().clone(), *(g.clone() for g in gradients)]
         loss = step()
         for mine, theirs in zip(replayed, (loss.detach(), h.grad, w.grad), strict=True):
-            torch.testing.assert_close(
-                mine, theirs, rtol=2e-2, atol=2e-2 * float(theirs.std()) if theirs.dim() else 1e-3
-            )
+            assert (mine - theirs).norm() <= 1e-2 * theirs.norm()
     target[3] = 1003
     graph.replay()
     assert torch.isnan(captured)

@@ -35,6 +35,24 @@ def test_lora_on_the_head(family: str, tmp_path: Path) -> None:
     assert moved == {"lora_A.default.weight", "lora_B.default.weight"}
 
 
+def test_dropout_of_the_adapter(tmp_path: Path) -> None:
+    """The same random numbers give the same masks as in PEFT's own forward."""
+    assert_equal_runs(lambda: lora_on_the_head("llama", lora_dropout=0.3), tmp_path)
+
+
+def test_bf16_base_with_fp32_adapters(tmp_path: Path) -> None:
+    """PEFT's default: no autocast reaches the adapters, they compute in their own dtype."""
+
+    def model() -> Any:
+        made = lora_on_the_head("llama").to(torch.bfloat16)
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        return made
+
+    assert_equal_runs(model, tmp_path, tolerance=1000, max_steps=2)
+
+
 def test_adapter_states_of_the_head() -> None:
     """Two adapters at once, disabled, merged: the fused loss follows PEFT's own forward."""
     model = lora_on_the_head("llama")

@@ -12,6 +12,7 @@ from test_parity import Rows, arguments
 
 from barqtrain_hf import BarqConfig, BarqTrainer, BarqTrainingArguments
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
+from barqtrain_hf.ops._targets import valid_rows
 
 
 def make(path: Path, dataset: Any, **options: Any) -> BarqTrainer:
@@ -85,3 +86,18 @@ def test_flags_parse_from_the_command_line(tmp_path: Path) -> None:
     )
     assert args.use_barq_kernels is False
     assert args.to_dict()["use_barq_kernels"] is False
+
+
+def test_a_label_outside_the_vocabulary(tmp_path: Path) -> None:
+    data = Rows(4, seed=0)
+    data.rows[1]["labels"][12] = VOCABULARY + 3
+    with pytest.raises(ArgumentError, match=rf"= {VOCABULARY + 3} is outside the vocabulary of"):
+        make(tmp_path, data).train()
+
+
+def test_a_label_that_no_step_could_look_at_stops_at_the_next_log(tmp_path: Path) -> None:
+    trainer = make(tmp_path, Rows(4, seed=0))
+    assert valid_rows(torch.tensor([1, -5]), None, -100, VOCABULARY) is None
+    with pytest.raises(ArgumentError, match=r"target\[1\] = -5 is outside"):
+        trainer.log({"loss": 1.0})
+    trainer.log({"loss": 1.0})
