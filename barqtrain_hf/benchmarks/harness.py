@@ -19,7 +19,10 @@ from rich.table import Table
 
 from barqtrain_hf import __version__
 
-_PACKAGES = ("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x")
+_PACKAGES = (
+    *("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x"),
+    *("liger-kernel", "cut-cross-entropy", "trl"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,22 @@ def environment() -> dict[str, Any]:
     }
 
 
-def time_gpu(call: Callable[[], Any], repeats: int = 100, warm_up: int = 20) -> Timing:
-    """Milliseconds on the device, each call between two events."""
+def time_gpu(
+    call: Callable[[], Any],
+    repeats: int = 100,
+    warm_up: int = 20,
+    before: Callable[[], Any] = lambda: None,
+) -> Timing:
+    """Milliseconds on the device, each call between two events; ``before`` runs ahead of the first."""
     for _ in range(warm_up):
+        before()
         call()
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         for _ in range(repeats)
     ]
     for start, end in events:
+        before()
         start.record()
         call()
         end.record()

@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,139 @@ def launch_table(reports: Sequence[Json]) -> list[str]:
     return lines
 
 
+def linear_cross_entropy_table(reports: Sequence[Json]) -> list[str]:
+    """Time and memory per case and implementation."""
+    lines = [
+        "| rows × H × V, bf16 | | ms | extra GiB | TFLOP/s | × pure GEMM |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row, case, name in _head_rows(reports, "case"):
+        cells = [_unavailable(row), "", "", ""]
+        if "ms" in row:
+            extra = row.get("extra_bytes")
+            cells = [
+                f"{row['ms']['median']:.2f}",
+                "" if extra is None else f"{extra / 2**30:.3f}",
+                f"{row['tflops']:.0f}",
+                f"{row['times_gemm']:.2f}",
+            ]
+        lines.append(f"| {case} | {name} | {' | '.join(_bold(cells, row))} |")
+    return lines
+
+
+def head_summary_table(reports: Sequence[Json]) -> list[str]:
+    """The main case alone: time and memory with a trained and with a frozen head, one line each."""
+    lines = [
+        "| {case}, bf16 | trained: ms | extra GiB | frozen: ms | extra GiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    cases = list(_head_rows(reports, "case"))
+    main = next(case for _, case, _ in cases if case).split(",")[0]
+    shape = dict(zip(("rows", "hidden", "vocab"), map(int, main.split("×")), strict=True))
+    found: dict[str, dict[str, Json]] = {}
+    for row, _, name in cases:
+        if shape.items() <= row.items() and not row["ignored"] and "ms" in row:
+            found.setdefault(name, {})[row["weight"]] = row
+    for name, weights in found.items():
+        cells = []
+        for weight in ("trained", "frozen"):
+            row = weights.get(weight, {})
+            extra = f"{row['extra_bytes'] / 2**30:.2f}" if "extra_bytes" in row else ""
+            cells += [f"{row['ms']['median']:.1f}" if row else "", extra]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [line.replace("{case}", main) for line in lines]
+
+
+def head_sweep_table(reports: Sequence[Json]) -> list[str]:
+    """What ours takes for how much memory, in the cases where that was varied."""
+    lines = ["| rows × H × V, bf16 | extra GiB | ms | × pure GEMM |", "|---|---:|---:|---:|"]
+    for row, case, _ in _head_rows(reports, "sweep"):
+        cells = (row["extra_bytes"] / 2**30, row["ms"]["median"], row["times_gemm"])
+        lines.append(f"| {case} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return lines
+
+
+def row_kernel_table(reports: Sequence[Json]) -> list[str]:
+    """The kernels between the products: their bandwidth beside a copy's."""
+    lines = ["| rows × V, bf16 | kernel | ms | TB/s | of copy |", "|---|---|---:|---:|---:|"]
+    for report in reports:
+        last = None
+        for row in report["rows"]:
+            if row.get("part") != "row kernel":
+                continue
+            shape = f"{row['rows']}×{row['vocab']}"
+            cells = (shape if shape != last else "", row["implementation"])
+            numbers = f"{row['ms']['median']:.3f} | {row['tb_s']:.2f} | {row['share_of_copy']:.0%}"
+            lines.append(f"| {cells[0]} | {cells[1]} | {numbers} |")
+            last = shape
+    return lines
+
+
+def head_accuracy_table(reports: Sequence[Json]) -> list[str]:
+    """Relative errors against fp64 per case and implementation."""
+    lines = [
+        "| rows × H × V, bf16 | | loss | gradient of hidden | gradient of weight |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row, case, name in _head_rows(reports, "accuracy"):
+        cells = [_unavailable(row), "", ""]
+        if "loss_error" in row:
+            errors = (row[f"{part}_error"] for part in ("loss", "hidden_grad", "weight_grad"))
+            cells = [f"{error:.2e}" for error in errors]
+        lines.append(f"| {case} | {name} | {' | '.join(_bold(cells, row))} |")
+    return lines
+
+
+def _head_rows(reports: Sequence[Json], part: str) -> Iterator[tuple[Json, str, str]]:
+    """Rows of one part with their first two cells; a case is named in its first row only."""
+    for report in reports:
+        last = None
+        for row in report["rows"]:
+            if row.get("part") != part:
+                continue
+            case = f"{row['rows']}×{row['hidden']}×{row['vocab']}, {row['weight']}"
+            if row["ignored"]:
+                case += f", {row['ignored']:.0%} of labels −100"
+            yield row, case if case != last else "", *_bold([row["implementation"]], row)
+            last = case
+
+
+def _bold(cells: Sequence[str], row: Json) -> list[str]:
+    return [f"**{c}**" if c and row["implementation"] == "ours" else c for c in cells]
+
+
+def _unavailable(row: Json) -> str:
+    return f"unavailable ({row.get('unavailable')})".replace("|", "\\|")
+
+
+def loss_curves_table(reports: Sequence[Json]) -> list[str]:
+    """One line per setting and curve: BarqTrainer against the stock Trainer's seeds."""
+    lines = [
+        "| | | difference of means, rms | spread of stock's seeds, rms | ratio | same seed, mean \\|Δ\\| "
+        "| mean Δ | steps within stock's range |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for report in reports:
+        last = None
+        for row in report["rows"]:
+            if row["part"] != "summary":
+                continue
+            share = row["share_within"]
+            cells = [
+                row["setting"] if row["setting"] != last else "",
+                row["curve"].replace("_", " "),
+                f"{row['rms_difference_of_means']:.1e}",
+                f"{row['rms_seed_std_of_stock']:.1e}",
+                f"{row['ratio']:.3f}",
+                f"{row['same_seed_difference']:.1e}",
+                f"{row['mean_difference']:+.1e}",
+                "" if share is None else f"{share:.0%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+            last = row["setting"]
+    return lines
+
+
 def source_table(reports: Sequence[Json]) -> list[str]:
     """Where each file comes from: device, versions and command."""
     lines = ["| device | command | versions | date |", "|---|---|---|---|"]
@@ -92,6 +225,12 @@ TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
     "demo": demo_table,
     "rms_norm": rms_norm_table,
     "launch": launch_table,
+    "linear_cross_entropy": linear_cross_entropy_table,
+    "head_accuracy": head_accuracy_table,
+    "head_summary": head_summary_table,
+    "head_sweep": head_sweep_table,
+    "row_kernel": row_kernel_table,
+    "loss_curves": loss_curves_table,
     "source": source_table,
 }
 

@@ -14,7 +14,7 @@ PACKAGE = Path(barqtrain_hf.__file__).parent
 # Every part of the package, with the parts it may import. What is not listed imports none.
 MAY_IMPORT = {
     "__init__": {"callbacks", "config", "patching", "trainer"},
-    "benchmarks": {"__init__", "errors", "ops", "runtime"},
+    "benchmarks": {"__init__", "cli", "errors", "ops", "runtime"},
     "callbacks": {"config", "patching"},
     "cli": {"__init__", "config", "data", "errors", "trainer"},
     "config": {"errors"},
@@ -29,10 +29,11 @@ MAY_IMPORT = {
 ONLY_IN = {
     "cupy": {"runtime", "benchmarks"},
     "cupy_backends": {"runtime", "benchmarks"},
-    "transformers": {"callbacks", "cli", "config", "patching", "trainer"},
-    "peft": {"patching", "cli"},
-    "trl": set(),
+    "transformers": {"benchmarks", "callbacks", "cli", "config", "patching", "trainer"},
+    "peft": {"benchmarks", "patching", "cli"},
+    "trl": {"benchmarks"},
     "datasets": set(),
+    "deepspeed": {"patching"},
 }
 
 
