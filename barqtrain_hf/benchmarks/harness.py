@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from barqtrain_hf import __version__
+from barqtrain_hf.errors import UnsupportedError
 
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x"),
@@ -143,6 +144,22 @@ def copy_bandwidth() -> Timing:
     ms = time_gpu(lambda: target.copy_(source), repeats=30)
     terabytes = 2 * source.numel() / 1e9
     return Timing(terabytes / ms.median, terabytes / ms.quartile_3, terabytes / ms.quartile_1)
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of a size in inches.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UnsupportedError(
+            "The plot is drawn with matplotlib, which is not installed.",
+            "pip install 'barqtrain_hf[bench]'",
+        ) from None
+    return Figure(figsize=size, layout="constrained")
 
 
 def _cell(value: Any) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from barqtrain_hf.benchmarks.harness import new_figure
 from barqtrain_hf.benchmarks.linear_cross_entropy import OURS, PLAIN
 from barqtrain_hf.errors import DataError, UnsupportedError
 
@@ -26,15 +27,9 @@ def draw(report: Json, path: Path) -> None:
         DataError: the report has no rows of the sweep for one of the two.
         UnsupportedError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    except ImportError:
-        raise UnsupportedError(
-            "The plot is drawn with matplotlib, which is not installed.",
-            "pip install 'barqtrain_hf[bench]'",
-        ) from None
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure((11, 4.5))
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     for axes, weight in zip(figure.subplots(1, 2), ("trained", "frozen"), strict=True):
         sweep, others, gemm = _panel(report["rows"], weight)
         axes.axhline(gemm, color="gray", linestyle="--", label="the products alone")

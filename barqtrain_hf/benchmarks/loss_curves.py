@@ -30,7 +30,7 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments
-from barqtrain_hf.benchmarks.harness import Report
+from barqtrain_hf.benchmarks.harness import Report, new_figure
 from barqtrain_hf.cli.demo import own_data
 from barqtrain_hf.cli.demo.tokenizer import encode_texts, train_tokenizer
 from barqtrain_hf.errors import DataError, UnsupportedError
@@ -308,14 +308,7 @@ def _steps_of(curve: str) -> str:
 
 def draw(report: Json, path: Path) -> None:
     """Writes a PNG: settings below each other, training loss and held-out entropy side by side."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UnsupportedError(
-            "The plot is drawn with matplotlib, which is not installed.",
-            "pip install 'barqtrain_hf[bench]'",
-        ) from None
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure = new_figure((11, 7.5))
     grid = figure.subplots(2, 2)
     for setting, line in zip(SETTINGS, grid, strict=True):
         for curve, axes in zip(("loss", "entropy"), line, strict=True):
