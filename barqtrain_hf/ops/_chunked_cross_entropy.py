@@ -2,8 +2,8 @@
 
 Gradients are taken in one of three places:
 
-- in the backward pass from logits that were kept, if weight is trained and all logits fit: the upstream
-  gradient is then folded in before anything is rounded;
+- in the backward pass from logits that were kept, if weight is trained and all logits fit (in PyTorch, if
+  its gradient is also in 16 bits): the upstream gradient is then folded in before anything is rounded;
 - else in the forward pass, for a loss of 1, while a chunk's logits are there (`_cross_entropy_plan`);
 - in the backward pass from logits computed again, if a gradient that mixes rows needs their upstream
   gradients (``per_row``), or for a second backward pass.
@@ -224,7 +224,12 @@ def take(
         head, context = batch.head, batch.context
         fits = head.rows * head.stride * context.bytes_per_logit(head.dtype) <= extra
         grads = kept = None
-        if keep and mixes_rows(needs) and fits and head.rows:
+        # Kept logits are looked at twice, which costs PyTorch more than the kernels; gradients that wait in
+        # fp32 are as exact.
+        worth = (
+            options.cuda or per_row or early_dtypes(inputs, options.dtype)[1] is not torch.float32
+        )
+        if keep and worth and mixes_rows(needs) and fits and head.rows:
             slab = torch.empty(head.rows, head.stride, dtype=head.dtype, device=target.device)
             head.logits(slice(None), slice(None), slab[:, : head.vocabulary])
             context.rows(slab, 0, head.rows, write=False)

@@ -104,17 +104,17 @@ class RowContext(NamedTuple):
         )
 
     def _logits(
-        self, logits: torch.Tensor, want_slope: bool
+        self, logits: torch.Tensor, overwritten: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A copy in fp32, and the softcap's derivative."""
-        z = logits.to(torch.float32, copy=True)
+        """In fp32, in place where they are to be overwritten, and then the softcap's derivative too."""
+        z = logits.to(torch.float32, copy=not overwritten)
         if self.terms.logit_scale != 1.0:
             z *= self.terms.logit_scale
         if self.terms.softcap is None:
             return z, None
         z.div_(self.terms.softcap).tanh_()
         slope = None
-        if want_slope:
+        if overwritten:
             slope = torch.addcmul(torch.ones((), device=z.device), z, z, value=-1.0)
         z *= self.terms.softcap
         return z, slope

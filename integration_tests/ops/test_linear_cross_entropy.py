@@ -204,7 +204,7 @@ def test_memory_stays_within_the_budget(
     with Watch():
         loss = linear_cross_entropy(hidden, weight, target, softcap=softcap, max_extra_bytes=budget)
     loss.backward()
-    assert budget / 2 < peak <= budget
+    assert budget / 3 < peak <= budget
 
 
 @pytest.mark.gpu
