@@ -26,7 +26,7 @@
 
 constexpr int kThreads = 256;  // of cross_entropy_gradient
 constexpr int kGroups = 4;     // in which a row arrives in shared memory
-constexpr int kVectors = 4;  // that a thread of cross_entropy_gradient has in flight
+constexpr int kVectors = 4;    // that a thread of cross_entropy_gradient has in flight
 constexpr float kLowest = -1e30f;  // below all logits, and finite, so that differences of it are not NaN
 
 // The arrays of `statistics`, [kArrays, rows], that a row kernel writes.
@@ -281,7 +281,8 @@ __device__ __forceinline__ Statistics merge_row(Statistics s, const Loss& loss) 
   return row;
 }
 
-// Loss, statistics (TOKENS: entropy and top-1 too) and (write != 0) the gradient of `rows` rows; a cluster takes one after the other.
+// Loss, statistics (TOKENS: entropy and top-1 too) and (write != 0) the gradient of `rows` rows; a cluster
+// takes one after the other.
 // Dynamic shared memory: `capacity` vectors of 16 bytes.
 template <typename T, int CLUSTER, bool SOFTCAP, bool TOKENS>
 __global__ void CLUSTER_OF(CLUSTER) __launch_bounds__(kWarp* kMaxWarps, 1)

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (long long i = thread; i < count / VEC; i += stride) {
     float v[VEC];
 #pragma unroll
-    for (int k = 0; k < VEC / 4; ++k) unpack<float>(reinterpret_cast<const uint4*>(x)[i * (VEC / 4) + k], v + 4 * k);
+    for (int k = 0; k < VEC / 4; ++k)
+      unpack<float>(reinterpret_cast<const uint4*>(x)[i * (VEC / 4) + k], v + 4 * k);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) v[e] *= f;
     reinterpret_cast<uint4*>(out)[i] = pack<T>(v);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from barqtrain_hf import __version__
-from barqtrain_hf.errors import UnsupportedError
+from barqtrain_hf.errors import DataError, UnsupportedError
 
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x"),
@@ -160,6 +161,22 @@ def new_figure(size: tuple[float, float]) -> Any:
             "pip install 'barqtrain_hf[bench]'",
         ) from None
     return Figure(figsize=size, layout="constrained")
+
+
+def draw_report(
+    benchmark: str, draw: Callable[[dict[str, Any], Path], None], argv: Sequence[str] | None
+) -> int:
+    """The command ``REPORT.json OUTPUT.png`` of a benchmark with a plot; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Draws the plot of a report.")
+    parser.add_argument("report", type=Path, help=f"JSON of the benchmark {benchmark}")
+    parser.add_argument("output", type=Path, help="PNG to write")
+    arguments = parser.parse_args(argv)
+    try:
+        draw(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.output)
+    except (DataError, UnsupportedError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
 
 
 def _cell(value: Any) -> str:

@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from barqtrain_hf.benchmarks.harness import new_figure
+from barqtrain_hf.benchmarks.harness import draw_report, new_figure
 from barqtrain_hf.benchmarks.linear_cross_entropy import OURS, PLAIN
-from barqtrain_hf.errors import DataError, UnsupportedError
+from barqtrain_hf.errors import DataError
 
 Json = dict[str, Any]
 _CASE = ("rows", "hidden", "vocab", "weight", "ignored")
@@ -80,16 +78,7 @@ def _point(row: Json) -> tuple[float, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws one report; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON of the benchmark linear_cross_entropy")
-    parser.add_argument("output", type=Path, help="PNG to write")
-    arguments = parser.parse_args(argv)
-    try:
-        draw(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.output)
-    except (DataError, UnsupportedError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return draw_report("linear_cross_entropy", draw, argv)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ the current weights of either trainer on the same held-out rows.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import importlib.metadata
-import json
 import sys
 import sysconfig
 import tempfile
@@ -30,7 +28,7 @@ import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments
-from barqtrain_hf.benchmarks.harness import Report, new_figure
+from barqtrain_hf.benchmarks.harness import Report, draw_report, new_figure
 from barqtrain_hf.cli.demo import own_data
 from barqtrain_hf.cli.demo.tokenizer import encode_texts, train_tokenizer
 from barqtrain_hf.errors import DataError, UnsupportedError
@@ -331,16 +329,7 @@ def draw(report: Json, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws one report; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("report", type=Path, help="JSON of the benchmark loss_curves")
-    parser.add_argument("output", type=Path, help="PNG to write")
-    arguments = parser.parse_args(argv)
-    try:
-        draw(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.output)
-    except UnsupportedError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return draw_report("loss_curves", draw, argv)
 
 
 if __name__ == "__main__":

@@ -132,16 +132,9 @@ def head_sweep_table(reports: Sequence[Json]) -> list[str]:
 def row_kernel_table(reports: Sequence[Json]) -> list[str]:
     """The kernels between the products: their bandwidth beside a copy's."""
     lines = ["| rows × V, bf16 | kernel | ms | TB/s | of copy |", "|---|---|---:|---:|---:|"]
-    for report in reports:
-        last = None
-        for row in report["rows"]:
-            if row.get("part") != "row kernel":
-                continue
-            shape = f"{row['rows']}×{row['vocab']}"
-            cells = (shape if shape != last else "", row["implementation"])
-            numbers = f"{row['ms']['median']:.3f} | {row['tb_s']:.2f} | {row['share_of_copy']:.0%}"
-            lines.append(f"| {cells[0]} | {cells[1]} | {numbers} |")
-            last = shape
+    for row, shape in _part(reports, "row kernel", lambda row: f"{row['rows']}×{row['vocab']}"):
+        numbers = f"{row['ms']['median']:.3f} | {row['tb_s']:.2f} | {row['share_of_copy']:.0%}"
+        lines.append(f"| {shape} | {row['implementation']} | {numbers} |")
     return lines
 
 
@@ -161,17 +154,27 @@ def head_accuracy_table(reports: Sequence[Json]) -> list[str]:
 
 
 def _head_rows(reports: Sequence[Json], part: str) -> Iterator[tuple[Json, str, str]]:
-    """Rows of one part with their first two cells; a case is named in its first row only."""
+    """Rows of one part with their first two cells."""
+
+    def case_of(row: Json) -> str:
+        case = f"{row['rows']}×{row['hidden']}×{row['vocab']}, {row['weight']}"
+        return case + (f", {row['ignored']:.0%} of labels −100" if row["ignored"] else "")
+
+    for row, case in _part(reports, part, case_of):
+        (name,) = _bold([row["implementation"]], row)
+        yield row, case, name
+
+
+def _part(
+    reports: Sequence[Json], part: str, name: Callable[[Json], str]
+) -> Iterator[tuple[Json, str]]:
+    """Rows of one part, each with its group's name in the group's first row and with "" after it."""
     for report in reports:
         last = None
         for row in report["rows"]:
-            if row.get("part") != part:
-                continue
-            case = f"{row['rows']}×{row['hidden']}×{row['vocab']}, {row['weight']}"
-            if row["ignored"]:
-                case += f", {row['ignored']:.0%} of labels −100"
-            yield row, case if case != last else "", *_bold([row["implementation"]], row)
-            last = case
+            if row.get("part") == part:
+                yield row, name(row) if name(row) != last else ""
+                last = name(row)
 
 
 def _bold(cells: Sequence[str], row: Json) -> list[str]:
@@ -189,24 +192,19 @@ def loss_curves_table(reports: Sequence[Json]) -> list[str]:
         "| mean Δ | steps within stock's range |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for report in reports:
-        last = None
-        for row in report["rows"]:
-            if row["part"] != "summary":
-                continue
-            share = row["share_within"]
-            cells = [
-                row["setting"] if row["setting"] != last else "",
-                row["curve"].replace("_", " "),
-                f"{row['rms_difference_of_means']:.1e}",
-                f"{row['rms_seed_std_of_stock']:.1e}",
-                f"{row['ratio']:.3f}",
-                f"{row['same_seed_difference']:.1e}",
-                f"{row['mean_difference']:+.1e}",
-                "" if share is None else f"{share:.0%}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-            last = row["setting"]
+    for row, setting in _part(reports, "summary", lambda row: str(row["setting"])):
+        share = row["share_within"]
+        cells = [
+            setting,
+            row["curve"].replace("_", " "),
+            f"{row['rms_difference_of_means']:.1e}",
+            f"{row['rms_seed_std_of_stock']:.1e}",
+            f"{row['ratio']:.3f}",
+            f"{row['same_seed_difference']:.1e}",
+            f"{row['mean_difference']:+.1e}",
+            "" if share is None else f"{share:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -34,7 +34,7 @@ _STRIP_COLUMNS = 4096
 # trained one's when all rows of a usual batch are in.
 _FROZEN_BYTES = 512 * 2**20
 _TRAINED_BYTES = 3 * 2**30  # with the gradients
-# Of the free memory of a GPU that is left to others.
+# Of the free memory of a GPU; the rest is left to others.
 _FREE_SHARE = 0.25
 
 

@@ -221,18 +221,25 @@ def _layout(vectors: int, device: int, write: bool, few: bool) -> _Layout:
 _TERMS = {"scale": "float32", "cap": "float32", "smoothing": "float32", "z_loss": "float32"}
 
 
+def _arrays(dtype: torch.dtype) -> dict[str, torch.dtype | str]:
+    """The parameters with which both kernels begin."""
+    return {
+        "x": dtype,
+        "targets": torch.int64,
+        "row_scale": torch.float32,
+        "statistics": torch.float32,
+        "all_rows": "int64",
+        "first_row": "int64",
+    }
+
+
 @functools.cache
 def _rows_kernel(dtype: torch.dtype, layout: _Layout, softcap: bool, per_token: bool) -> Kernel:
     return Kernel(
         "cross_entropy.cu",
         f"cross_entropy_rows<{CUDA_NAMES[dtype]},{layout.cluster},{int(softcap)},{int(per_token)}>",
         {
-            "x": dtype,
-            "targets": torch.int64,
-            "row_scale": torch.float32,
-            "statistics": torch.float32,
-            "all_rows": "int64",
-            "first_row": "int64",
+            **_arrays(dtype),
             "rows": "int32",
             "scale_stride": "int32",
             "write": "int32",
@@ -252,12 +259,7 @@ def _strip_kernel(dtype: torch.dtype, softcap: bool) -> Kernel:
         "cross_entropy.cu",
         f"cross_entropy_gradient<{CUDA_NAMES[dtype]},{int(softcap)}>",
         {
-            "x": dtype,
-            "targets": torch.int64,
-            "row_scale": torch.float32,
-            "statistics": torch.float32,
-            "all_rows": "int64",
-            "first_row": "int64",
+            **_arrays(dtype),
             "scale_stride": "int32",
             "columns": "int32",
             "stride": "int32",

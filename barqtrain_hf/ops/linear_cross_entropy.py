@@ -122,7 +122,7 @@ def linear_cross_entropy(
             with u = scaling * dropout(hidden) @ a.T.
         ignore_index: rows with this target have loss 0 and gradient 0.
         reduction: "mean" (over the rows that are not ignored, or ``num_items``), "sum" or "none". With
-            "none" and a trained weight, the backward pass computes the logits again.
+            "none" and a trained weight, the backward pass computes the logits again if they do not fit.
         num_items: divisor of "mean": a number or a 0-dim tensor on any device, such as the Trainer's
             ``num_items_in_batch``.
         row_weight: [...], a constant that multiplies each row's loss; it does not change the divisor.

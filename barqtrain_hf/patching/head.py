@@ -158,9 +158,7 @@ def _root_forward(cls: type[nn.Module]) -> Any:
 
 def _counted(labels: torch.Tensor) -> torch.Tensor | CountedTarget:
     """Asks for the number of rows with a target before the layers are queued; see `CountedTarget`."""
-    if torch.compiler.is_compiling():
-        return labels
-    if capturing(labels.device):
+    if torch.compiler.is_compiling() or capturing(labels.device):
         return labels
     return CountedTarget(labels)
 
