@@ -47,7 +47,16 @@ class Program:
 
     cubin: bytes
     lowered: dict[str, str]
-    resources: dict[str, Resources]
+    log: str
+
+    @functools.cached_property
+    def resources(self) -> dict[str, Resources]:
+        """What each kernel uses.
+
+        Read only where it is asked for: when two processes compile the same kernel at once, NVRTC's own
+        cache answers the second, and ptxas prints nothing.
+        """
+        return _parse_resources(self.log, self.lowered)
 
 
 @functools.cache
@@ -107,7 +116,7 @@ def compile_program(source: str, names: tuple[str, ...], arch: str) -> Program:
             raise KernelBuildError(message, log) from error
         lowered = {name: _text(nvrtc.getLoweredName(program, name)) for name in names}
         log = _text(nvrtc.getProgramLog(program))
-        return Program(nvrtc.getCUBIN(program), lowered, _parse_resources(log, lowered))
+        return Program(nvrtc.getCUBIN(program), lowered, log)
     finally:
         nvrtc.destroyProgram(program)
 
@@ -217,4 +226,7 @@ def _parse_resources(log: str, lowered: dict[str, str]) -> dict[str, Resources]:
         by_symbol[block.split("'")[0]] = Resources(
             int(registers[1]), int(shared[1]) if shared else 0, sum(spills)
         )
+    missing = [name for name, symbol in lowered.items() if symbol not in by_symbol]
+    if missing:
+        raise KernelBuildError(f"ptxas printed nothing about {', '.join(missing)}.", log)
     return {name: by_symbol[symbol] for name, symbol in lowered.items()}

@@ -13,21 +13,23 @@ from barqtrain_hf.runtime import Kernel
 
 PARAMETERS: dict[str, torch.dtype | str] = {
     "partial": torch.float32,
-    "out": torch.float32,
+    "dw": torch.float32,
+    "db": torch.float32,
     "parts": "int32",
     "dim": "int32",
 }
-GRID, BLOCK = (1, 1, 1), (32, 32, 1)
+GRID, BLOCK = (1, 1, 1), (1024, 1, 1)
 
 
 def kernel() -> Kernel:
-    return Kernel("rms_norm.cu", "column_sum<float>", PARAMETERS)
+    return Kernel("rms_norm.cu", "column_sum<float,4>", PARAMETERS)
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, 6])
 def test_wrong_count(count: int) -> None:
-    values = [_FakeCuda(torch.ones(1, 4)), _FakeCuda(torch.ones(4)), 1, 4, 5][:count]
-    message = rf"takes 4 arguments \(partial, out, parts, dim\), got {count}"
+    tensors = [_FakeCuda(torch.ones(1, 4)), *(_FakeCuda(torch.ones(4)) for _ in range(2))]
+    values = [*tensors, 1, 4, 5][:count]
+    message = rf"takes 5 arguments \(partial, dw, db, parts, dim\), got {count}"
     with pytest.raises(ArgumentError, match=message):
         kernel()(GRID, BLOCK, *values)
 
@@ -38,16 +40,17 @@ def test_wrong_count(count: int) -> None:
         (0, torch.ones(1, 4).half(), ArgumentTypeError, r"partial must be torch\.float32"),
         (0, 3, ArgumentTypeError, "partial must be a tensor, got int"),
         (0, torch.ones(4, 4)[:, :2], ArgumentError, r"partial of shape \(4, 2\) .* not contiguous"),
-        (1, torch.ones(4).double(), ArgumentTypeError, r"out must be torch\.float32"),
-        (1, torch.ones(8)[::2], ArgumentError, "out of shape .* is not contiguous"),
-        (1, "cpu", ArgumentError, "out is on cpu"),
-        (1, "other", ArgumentError, "out is on .*, the arguments before it on cuda:0"),
-        (2, 1.0, ArgumentTypeError, r"parts=1\.0 does not fit int32"),
-        (3, 2**31, ArgumentTypeError, "dim=2147483648 does not fit int32"),
+        (1, torch.ones(4).double(), ArgumentTypeError, r"dw must be torch\.float32"),
+        (1, torch.ones(8)[::2], ArgumentError, "dw of shape .* is not contiguous"),
+        (1, "cpu", ArgumentError, "dw is on cpu"),
+        (1, "other", ArgumentError, "dw is on .*, the arguments before it on cuda:0"),
+        (3, 1.0, ArgumentTypeError, r"parts=1\.0 does not fit int32"),
+        (4, 2**31, ArgumentTypeError, "dim=2147483648 does not fit int32"),
     ],
 )
 def test_wrong_arguments(position: int, value: Any, error: type[Exception], message: str) -> None:
-    values: list[Any] = [_FakeCuda(torch.ones(1, 4)), _FakeCuda(torch.ones(4)), 1, 4]
+    tensors = [_FakeCuda(torch.ones(1, 4)), *(_FakeCuda(torch.ones(4)) for _ in range(2))]
+    values: list[Any] = [*tensors, 1, 4]
     if isinstance(value, str):
         on_cpu = value == "cpu"
         value = torch.ones(4) if on_cpu else _FakeCuda(torch.ones(4))
@@ -82,7 +85,7 @@ def test_launch_computes_on_the_current_stream() -> None:
     out = torch.empty(100, device="cuda")
     # CUDA loads a kernel on its first launch, and waits for the device to do so.
     partial.mul_(1.0)
-    column_sum((4, 1, 1), BLOCK, partial, out, 37, 100)
+    column_sum((4, 1, 1), BLOCK, partial, out, out, 37, 100)
     torch.cuda._sleep(1)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -90,7 +93,7 @@ def test_launch_computes_on_the_current_stream() -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)  # a tenth of a second
         partial.mul_(2.0)
-        column_sum((4, 1, 1), BLOCK, partial, out, 37, 100)
+        column_sum((4, 1, 1), BLOCK, partial, out, out, 37, 100)
     assert not stream.query(), "the launch waited, or went to another stream"
     stream.synchronize()
     torch.testing.assert_close(out, partial.sum(0))
@@ -104,7 +107,7 @@ def test_threads_do_not_share_argument_buffers() -> None:
 
     def launch(i: int) -> None:
         for _ in range(500):
-            column_sum(GRID, BLOCK, partials[i], outs[i], 5, 32)
+            column_sum(GRID, BLOCK, partials[i], outs[i], outs[i], 5, 32)
 
     threads = [threading.Thread(target=launch, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -120,10 +123,10 @@ def test_threads_do_not_share_argument_buffers() -> None:
 def test_a_thread_without_a_context_can_launch() -> None:
     column_sum = kernel()
     partial, out = torch.ones(3, 32, device="cuda"), torch.zeros(32, device="cuda")
-    column_sum(GRID, BLOCK, partial, out, 3, 32)
+    column_sum(GRID, BLOCK, partial, out, out, 3, 32)
     torch.cuda.synchronize()
     partial.fill_(2.0)
-    thread = threading.Thread(target=column_sum, args=(GRID, BLOCK, partial, out, 3, 32))
+    thread = threading.Thread(target=column_sum, args=(GRID, BLOCK, partial, out, out, 3, 32))
     thread.start()
     thread.join()
     torch.cuda.synchronize()
@@ -134,11 +137,20 @@ def test_a_thread_without_a_context_can_launch() -> None:
 def test_launch_is_captured_in_a_graph() -> None:
     column_sum = kernel()
     partial, out = torch.ones(3, 32, device="cuda"), torch.zeros(32, device="cuda")
-    column_sum(GRID, BLOCK, partial, out, 3, 32)
+    column_sum(GRID, BLOCK, partial, out, out, 3, 32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        column_sum(GRID, BLOCK, partial, out, 3, 32)
+        column_sum(GRID, BLOCK, partial, out, out, 3, 32)
     partial.fill_(2.0)
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, torch.full_like(out, 6.0))
+
+
+@pytest.mark.gpu
+def test_launch_without_checks_takes_addresses() -> None:
+    column_sum = kernel()
+    partial, out = torch.ones(3, 32, device="cuda"), torch.zeros(32, device="cuda")
+    column_sum.launch(0, GRID, BLOCK, partial.data_ptr(), out.data_ptr(), 0, 3, 32)
+    torch.cuda.synchronize()
+    assert torch.equal(out, torch.full_like(out, 3.0))
