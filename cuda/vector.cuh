@@ -82,3 +82,84 @@ __device__ __forceinline__ uint4 pack(const float* x) {
   }
   return {words[0], words[1], words[2], words[3]};
 }
+
+// The products of two words of 16-bit elements, each rounded once.
+template <typename T>
+__device__ __forceinline__ unsigned multiply(unsigned a, unsigned b) {
+  if constexpr (kIsHalf<T>) {
+    const __half2 product =
+        __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+    return reinterpret_cast<const unsigned&>(product);
+  } else {
+    const __nv_bfloat162 product = __hmul2(reinterpret_cast<const __nv_bfloat162&>(a),
+                                           reinterpret_cast<const __nv_bfloat162&>(b));
+    return reinterpret_cast<const unsigned&>(product);
+  }
+}
+
+// VEC elements as the words they were read as: unpacked they would take twice the registers.
+template <typename T, int VEC>
+struct Held {
+  static_assert(VEC * sizeof(T) % 16 == 0, "whole 16-byte words, or VEC == 1");
+  static constexpr int kWords = VEC * sizeof(T) / 16, kEach = 16 / sizeof(T);
+  uint4 words[kWords];
+
+  Held() = default;
+  __device__ __forceinline__ Held(const T* from, long long index) { load(from, index); }
+  __device__ __forceinline__ void load(const T* from, long long index) {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k)
+      words[k] = reinterpret_cast<const uint4*>(from)[index * kWords + k];
+  }
+  __device__ __forceinline__ void store(T* to, long long index) const {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) reinterpret_cast<uint4*>(to)[index * kWords + k] = words[k];
+  }
+  __device__ __forceinline__ void unpack(float* x) const {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) ::unpack<T>(words[k], x + k * kEach);
+  }
+  __device__ __forceinline__ void pack(const float* x) {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) words[k] = ::pack<T>(x + k * kEach);
+  }
+  __device__ __forceinline__ void multiply_by(const Held& other) {
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) {
+        words[k].x = ::multiply<T>(words[k].x, other.words[k].x);
+        words[k].y = ::multiply<T>(words[k].y, other.words[k].y);
+        words[k].z = ::multiply<T>(words[k].z, other.words[k].z);
+        words[k].w = ::multiply<T>(words[k].w, other.words[k].w);
+      }
+    } else {
+      float a[VEC], b[VEC];
+      unpack(a), other.unpack(b);
+#pragma unroll
+      for (int e = 0; e < VEC; ++e) a[e] *= b[e];
+      pack(a);
+    }
+  }
+  // Makes the compiler unpack again instead of keeping the elements of an earlier look.
+  __device__ __forceinline__ void hide() {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k)
+      asm volatile("" : "+r"(words[k].x), "+r"(words[k].y), "+r"(words[k].z), "+r"(words[k].w));
+  }
+};
+
+template <typename T>
+struct Held<T, 1> {
+  T value;
+
+  Held() = default;
+  __device__ __forceinline__ Held(const T* from, long long index) : value(from[index]) {}
+  __device__ __forceinline__ void load(const T* from, long long index) { value = from[index]; }
+  __device__ __forceinline__ void store(T* to, long long index) const { to[index] = value; }
+  __device__ __forceinline__ void unpack(float* x) const { x[0] = to_float(value); }
+  __device__ __forceinline__ void pack(const float* x) { value = from_float<T>(x[0]); }
+  __device__ __forceinline__ void multiply_by(const Held& other) {
+    value = from_float<T>(to_float(value) * to_float(other.value));
+  }
+  __device__ __forceinline__ void hide() {}
+};

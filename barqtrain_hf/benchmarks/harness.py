@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import platform
@@ -23,7 +24,7 @@ from barqtrain_hf.errors import DataError, UnsupportedError
 
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x"),
-    *("liger-kernel", "cut-cross-entropy", "trl"),
+    *("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "cut-cross-entropy", "trl"),
 )
 
 
@@ -59,12 +60,19 @@ class Report:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     def print(self) -> None:
-        """Prints the rows as a table; a timing is shown by its median."""
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        table = Table(*columns, title=f"{self.benchmark} on {self.environment['device']}")
+        """Prints the rows as one table for each part; a timing is shown by its median."""
+        parts: dict[Any, list[dict[str, Any]]] = {}
         for row in self.rows:
-            table.add_row(*(_cell(row.get(column)) for column in columns))
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+            parts.setdefault(row.get("part"), []).append(row)
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        for part, rows in parts.items():
+            columns = [key for row in rows for key in row if key != "part"]
+            columns = list(dict.fromkeys(columns))
+            title = ", ".join(filter(None, (self.benchmark, part)))
+            table = Table(*columns, title=f"{title} on {self.environment['device']}")
+            for row in rows:
+                table.add_row(*(_cell(row.get(column)) for column in columns))
+            console.print(table)
 
 
 def environment() -> dict[str, Any]:
@@ -113,15 +121,39 @@ def time_gpu(
     return Timing.of([start.elapsed_time(end) for start, end in events])
 
 
-def time_graph(call: Callable[[], Any], calls: int = 20, repeats: int = 40) -> Timing:
-    """Milliseconds per call on the device, from replays of a CUDA graph: no host time in between."""
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """The stream that `time_graph` captures on.
+
+    Autograd runs a backward pass on the stream of its forward pass: to capture one, run the other here.
+    """
+    return torch.cuda.Stream()
+
+
+def time_graph(
+    call: Callable[[], Any],
+    calls: int = 20,
+    repeats: int = 40,
+    before: Callable[[], Any] = lambda: None,
+) -> Timing:
+    """Milliseconds per call on the device, from replays of a CUDA graph: no host time in between.
+
+    ``before`` runs ahead of each replay and is not timed.
+    """
     graph = torch.cuda.CUDAGraph()
-    call()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
+    current, stream = torch.cuda.current_stream(), capture_stream()
+    try:
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            before()
             call()
-    total = time_gpu(graph.replay, repeats=repeats, warm_up=5)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own in place
+    total = time_gpu(graph.replay, repeats=repeats, warm_up=5, before=before)
     return Timing(total.median / calls, total.quartile_1 / calls, total.quartile_3 / calls)
 
 

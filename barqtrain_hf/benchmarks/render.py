@@ -45,25 +45,93 @@ def demo_table(records: Sequence[Json]) -> list[str]:
     return lines
 
 
-def rms_norm_table(reports: Sequence[Json]) -> list[str]:
-    """Bandwidth per shape and implementation."""
+def bandwidth_table(reports: Sequence[Json]) -> list[str]:
+    """TB/s of the floor's bytes per case and implementation, and the time of one call."""
     lines = [
-        "| rows × D, bf16 | | forward TB/s | of copy | backward TB/s | of copy |",
-        "|---|---|---:|---:|---:|---:|",
+        "| bf16 | | forward TB/s | of copy | backward TB/s | of copy | through autograd: forward ms "
+        "| backward ms |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for report in reports:
-        shape = None
-        for row in report["rows"]:
-            if "backward_tb_s" not in row:
-                continue
-            this = f"{row['rows']}×{row['dim']}"
-            lines.append(
-                f"| {this if this != shape else ''} | {row['implementation']} "
-                f"| {row['forward_tb_s']:.2f} | {row['forward_share_of_copy']:.0%} "
-                f"| {row['backward_tb_s']:.2f} | {row['backward_share_of_copy']:.0%} |"
-            )
-            shape = this
+    for row, case in _part(reports, "bandwidth", _op_case):
+        cells = [_unavailable(row), *[""] * 5]
+        if "unavailable" not in row:
+            cells = []
+            for direction in ("forward", "backward"):
+                host = " (with host)" if f"{direction}_not_captured" in row else ""
+                cells.append(f"{row[f'{direction}_tb_s']:.2f}{host}")
+                cells.append(f"{row[f'{direction}_share_of_copy']:.0%}")
+            for direction in ("forward", "backward"):
+                cells.append(f"{row[f'autograd_{direction}_ms']['median']:.3f}")
+        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
     return lines
+
+
+def verdict_table(reports: Sequence[Json]) -> list[str]:
+    """Ours beside copy and the fastest rival, per case and direction."""
+    lines = [
+        "| bf16 | | of copy | fastest rival on the device | speed beside it | fastest through autograd "
+        "| speed beside it | not compared |",
+        "|---|---|---:|---|---:|---|---:|---|",
+    ]
+    for row, case in _part(reports, "verdict", _op_case):
+        cells = [_unavailable(row), *[""] * 5]
+        if "unavailable" not in row:
+            mark = "" if row["met"] or not row["in_bars"] else " ✗"
+            cells = [
+                f"{row['share_of_copy']:.0%}{mark}",
+                row["best_rival"],
+                f"{row['times_faster']:.2f}×",
+                row["autograd_rival"],
+                f"{row['autograd_times_faster']:.2f}×",
+                ", ".join(row["not_compared"]),
+            ]
+        lines.append(f"| {case} | {row['direction']} | {' | '.join(cells)} |")
+    return lines
+
+
+def bars_table(reports: Sequence[Json]) -> list[str]:
+    """How many of the cases meet each bar."""
+    lines = ["| | bar | met in |", "|---|---|---:|"]
+    for report in reports:
+        for row, _ in _part([report], "bars", lambda row: str(row["bar"])):
+            lines.append(f"| {report['benchmark']} | {row['bar']} | {row['met']} of {row['of']} |")
+    return lines
+
+
+def host_table(reports: Sequence[Json]) -> list[str]:
+    """Microseconds of an iteration that waits for the host."""
+    lines = [
+        "| bf16 | | forward, no gradients: µs | forward, `autograd.grad` | forward, `backward()` |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row, case in _part(reports, "host", _op_case):
+        cells = [_unavailable(row), "", ""]
+        if "unavailable" not in row:
+            cells = [f"{row[f'{name}_us']['median']:.1f}" for name in ("forward", "grad", "step")]
+        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
+    return lines
+
+
+def op_accuracy_table(reports: Sequence[Json]) -> list[str]:
+    """Relative errors against fp64 of ours and stock, a column pair for each dtype."""
+    lines = [
+        "| | | bf16: ours | stock | fp16: ours | stock | fp32: ours | stock |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    errors: dict[tuple[str, str], list[float]] = {}
+    for row, _ in _part(reports, "accuracy", lambda row: ""):
+        name = f"{row['op']}, {row['shape']}, stock is {row['stock_is']}"
+        errors.setdefault((name, row["tensor"]), []).extend((row["ours"], row["stock"]))
+    last = None
+    for (name, tensor), values in errors.items():
+        cells = " | ".join(f"{value:.2e}" for value in values)
+        lines.append(f"| {name if name != last else ''} | {tensor} | {cells} |")
+        last = name
+    return lines
+
+
+def _op_case(row: Json) -> str:
+    return f"{row['op']}, {row['shape']}"
 
 
 def launch_table(reports: Sequence[Json]) -> list[str]:
@@ -221,7 +289,11 @@ def source_table(reports: Sequence[Json]) -> list[str]:
 
 TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
     "demo": demo_table,
-    "rms_norm": rms_norm_table,
+    "bandwidth": bandwidth_table,
+    "verdict": verdict_table,
+    "bars": bars_table,
+    "host": host_table,
+    "op_accuracy": op_accuracy_table,
     "launch": launch_table,
     "linear_cross_entropy": linear_cross_entropy_table,
     "head_accuracy": head_accuracy_table,

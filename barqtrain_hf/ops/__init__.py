@@ -1,13 +1,21 @@
 """Training ops: each is a PyTorch function with a CUDA twin, chosen per call."""
 
 from barqtrain_hf.ops._targets import CountedTarget, raise_bad_target
+from barqtrain_hf.ops.glu import geglu, gelu, swiglu
+from barqtrain_hf.ops.layer_norm import layer_norm
 from barqtrain_hf.ops.linear_cross_entropy import TokenStatistics, linear_cross_entropy
 from barqtrain_hf.ops.rms_norm import rms_norm
+from barqtrain_hf.ops.rope import apply_rope
 
 __all__ = [
     "CountedTarget",
     "TokenStatistics",
+    "apply_rope",
+    "geglu",
+    "gelu",
+    "layer_norm",
     "linear_cross_entropy",
     "raise_bad_target",
     "rms_norm",
+    "swiglu",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -10,12 +12,35 @@ from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedErr
 from barqtrain_hf.runtime import cuda_unavailable_reason
 
 Backend = Literal["auto", "cuda", "torch"]
+_Result = TypeVar("_Result")
 # The training dtypes by their names in CUDA C++.
 CUDA_NAMES = {
     torch.float32: "float",
     torch.float16: "__half",
     torch.bfloat16: "__nv_bfloat16",
 }
+
+SMALL = 2**20
+
+
+def small(x: torch.Tensor) -> bool:
+    """Whether PyTorch's own kernels are the better ones for an op of one or two of them.
+
+    Up to `SMALL` elements all of them take less than 10 us on the GPU, so that host time is what counts: a
+    Python autograd.Function needs some 20 us more than C++ (docs/benchmarks/h200/norms.json).
+    """
+    return x.is_cuda and x.numel() <= SMALL and not torch.compiler.is_compiling()
+
+
+def cached(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """functools.cache, but for torch.compile, which would warn that it looks through it."""
+    memo = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> _Result:
+        return function(*arguments) if torch.compiler.is_compiling() else memo(*arguments)
+
+    return call
 
 
 def use_cuda(op: str, backend: Backend, tensor: torch.Tensor, unsupported: str | None) -> bool:
@@ -46,9 +71,10 @@ def use_cuda(op: str, backend: Backend, tensor: torch.Tensor, unsupported: str |
     return False
 
 
-def check_dtype(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Refuses tensors that are not fp32, fp16 or bf16."""
-    if tensor.dtype not in CUDA_NAMES:
-        raise ArgumentTypeError(
-            f"{op}: {name} is {tensor.dtype}; cast it to float32, float16 or bfloat16."
-        )
+def check_dtypes(op: str, **dtypes: torch.dtype) -> None:
+    """Refuses dtypes, each given under its argument's name, that are not fp32, fp16 or bf16."""
+    for name, dtype in dtypes.items():
+        if dtype not in CUDA_NAMES:
+            raise ArgumentTypeError(
+                f"{op}: {name} is {dtype}; cast it to float32, float16 or bfloat16."
+            )

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from barqtrain_hf.errors import ArgumentError
-from barqtrain_hf.ops._backend import Backend, check_dtype, use_cuda
+from barqtrain_hf.ops._backend import Backend, check_dtypes, use_cuda
 from barqtrain_hf.ops._chunked_cross_entropy import Options
 from barqtrain_hf.ops._cross_entropy_autograd import LinearCrossEntropy, compiled
 from barqtrain_hf.ops._cross_entropy_rows import LossTerms
@@ -272,8 +272,7 @@ def _check_arguments(
     row_weight: torch.Tensor | None,
 ) -> None:
     op = "linear_cross_entropy"
-    check_dtype(op, "hidden", hidden)
-    check_dtype(op, "weight", weight)
+    check_dtypes(op, hidden=hidden.dtype, weight=weight.dtype)
     if weight.dim() != 2 or hidden.dim() == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ArgumentError(
             f"{op}: weight of shape {tuple(weight.shape)} does not fit hidden of shape "
@@ -288,15 +287,14 @@ def _check_arguments(
     if target.dtype is not torch.int64:
         raise ArgumentError(f"{op}: target is {target.dtype}; cast it to int64.")
     if bias is not None:
-        check_dtype(op, "bias", bias)
+        check_dtypes(op, bias=bias.dtype)
         if bias.shape != weight.shape[:1]:
             raise ArgumentError(
                 f"{op}: bias of shape {tuple(bias.shape)} must be [V] = [{weight.shape[0]}]."
             )
     if lora is not None:
         u, b = lora
-        check_dtype(op, "lora[0]", u)
-        check_dtype(op, "lora[1]", b)
+        check_dtypes(op, **{"lora[0]": u.dtype, "lora[1]": b.dtype})
         if u.shape[:-1] != hidden.shape[:-1] or b.shape != (weight.shape[0], u.shape[-1]):
             raise ArgumentError(
                 f"{op}: lora of shapes {tuple(u.shape)} and {tuple(b.shape)} must be [..., r] like "

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "__init__": {"callbacks", "config", "patching", "trainer"},
     "benchmarks": {"__init__", "cli", "errors", "ops", "runtime"},
     "callbacks": {"config", "patching"},
-    "cli": {"__init__", "config", "data", "errors", "trainer"},
+    "cli": {"__init__", "config", "data", "errors", "ops", "patching", "runtime", "trainer"},
     "config": {"errors"},
     "data": {"_rust", "errors"},
     "metrics": {"runtime"},

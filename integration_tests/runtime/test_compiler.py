@@ -14,7 +14,7 @@ from barqtrain_hf.runtime import Kernel, compiler, device
 from barqtrain_hf.runtime.__main__ import compile_all, main
 from barqtrain_hf.runtime.compiler import compile_program, cubin_for, instantiations
 
-SOURCE, NAME = "rms_norm.cu", "column_sum<float>"
+SOURCE, NAME = "rms_norm.cu", "column_sum<float,4>"
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_every_shipped_kernel_compiles_everywhere_without_spills() -> None:
 def test_the_command_prints_resources(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--arch", "75"]) == 0
     printed = capsys.readouterr().out
-    assert "column_sum<float>" in printed and "0 spill" in printed
+    assert "column_sum<float,4>" in printed and "0 spill" in printed
 
 
 def test_a_spill_is_seen_and_fails_the_command(
@@ -105,13 +105,13 @@ def test_a_damaged_entry_is_rebuilt(cache: Path, damage: str) -> None:
 def test_the_key_covers_everything_that_shapes_the_binary(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = {compiler._key(SOURCE, NAME, "80")}
     keys.add(compiler._key(SOURCE, NAME, "86"))
-    keys.add(compiler._key(SOURCE, "column_sum<__half>", "80"))
+    keys.add(compiler._key(SOURCE, "column_sum<__half,4>", "80"))
     monkeypatch.setattr(compiler, "_OPTIONS", ("-std=c++20",))
     keys.add(compiler._key(SOURCE, NAME, "80"))
     monkeypatch.undo()
     parts = compiler._with_headers(SOURCE)
-    assert len(parts) == 3  # the source and two headers
-    monkeypatch.setattr(compiler, "_with_headers", lambda _: (*parts[:2], parts[2] + " "))
+    assert len(parts) == 4  # the source and three headers
+    monkeypatch.setattr(compiler, "_with_headers", lambda _: (*parts[:3], parts[3] + " "))
     keys.add(compiler._key(SOURCE, NAME, "80"))
     monkeypatch.undo()
     from cupy.cuda import nvrtc
@@ -119,6 +119,13 @@ def test_the_key_covers_everything_that_shapes_the_binary(monkeypatch: pytest.Mo
     monkeypatch.setattr(nvrtc, "getVersion", lambda: (99, 0))
     keys.add(compiler._key(SOURCE, NAME, "80"))
     assert len(keys) == 6
+
+
+def test_a_silent_ptxas_matters_only_to_who_asks() -> None:
+    # NVRTC's own cache answers without a log when another process has just compiled the same.
+    program = compiler.Program(b"", {NAME: "_Z10column_sum"}, log="")
+    with pytest.raises(KernelBuildError, match="nothing about column_sum<float,4>"):
+        _ = program.resources
 
 
 def test_many_processes_build_at_once(cache: Path) -> None:
@@ -171,7 +178,7 @@ def test_a_source_that_does_not_compile_shows_the_log(monkeypatch: pytest.Monkey
 
 def test_names_must_be_instantiated() -> None:
     with pytest.raises(ArgumentError, match=r"not instantiated in cuda/rms_norm\.cu"):
-        Kernel(SOURCE, "column_sum<double>", {})
+        Kernel(SOURCE, "column_sum<double,4>", {})
     with pytest.raises(KernelBuildError, match=r"nowhere\.cu is not among"):
         Kernel("nowhere.cu", "x", {})
 
