@@ -19,17 +19,23 @@ class BarqConfig:
 
     Attributes:
         rms_norm: replace the forward of RMSNorm modules.
+        layer_norm: replace the forward of LayerNorm modules.
+        glu: replace the forward of gated MLPs, of the gate of experts and of GELU modules.
+        rope: replace the rotary embedding of queries and keys in attention modules.
         linear_cross_entropy: compute the loss in the LM head, without holding all logits.
         max_extra_bytes: memory for logits and their gradient in the fused loss; None for the op's
             default, which depends on the shapes and the GPU's free memory (see `linear_cross_entropy`).
     """
 
     rms_norm: bool = True
+    layer_norm: bool = True
+    glu: bool = True
+    rope: bool = True
     linear_cross_entropy: bool = True
     max_extra_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rms_norm", "linear_cross_entropy"):
+        for name in ("rms_norm", "layer_norm", "glu", "rope", "linear_cross_entropy"):
             if not isinstance(getattr(self, name), bool):
                 raise ArgumentTypeError(
                     f"barq_config: {name}={getattr(self, name)!r} must be true or false."

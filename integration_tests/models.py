@@ -25,16 +25,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "mistral_window": ("Mistral", {"sliding_window": 5}),
+    # Every expert takes every token: in 16 bits a choice may be another one, which is no error.
+    "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 3}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
+    # One layer of experts, one without.
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "mlp_only_layers": [1],
+        },
+    ),
     # Small enough caps that a forgotten one changes the loss in the third digit.
     "gemma2": ("Gemma2", {"final_logit_softcapping": 0.5, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "phi3": ("Phi3", {}),
+    "olmo2": ("Olmo2", {}),
     "granite": ("Granite", {"logits_scaling": 8.0}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
+    # One layer with rotary embedding, one without.
+    "cohere2": (
+        "Cohere2",
+        {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "gpt2": ("GPT2", {}),
+    # A quarter of each head is turned.
+    "gpt_neox": ("GPTNeoX", {}),
+    "starcoder2": ("Starcoder2", {}),
 }
-# Norms of these are LayerNorms.
-WITHOUT_RMS_NORM = ("cohere", "gpt2")
+# In how many modules each op must be.
+_LLAMA = {"rms_norm": 5, "glu": 2, "rope": 2}
+_LAYER_NORM = {"layer_norm": 5, "glu": 2, "rope": 2}
+LEAF_OPS: dict[str, dict[str, int]] = {
+    **{family: _LLAMA for family in FAMILIES},
+    # Norms of queries and keys, or norms behind attention and MLP too.
+    **{family: {**_LLAMA, "rms_norm": 9} for family in ("qwen3", "qwen3_moe", "gemma2", "olmo2")},
+    "gemma3": {**_LLAMA, "rms_norm": 13},
+    "cohere": {**_LAYER_NORM, "layer_norm": 3},
+    "cohere2": {**_LAYER_NORM, "layer_norm": 3},
+    "gpt_neox": _LAYER_NORM,
+    "starcoder2": _LAYER_NORM,
+    "gpt2": {"layer_norm": 5, "glu": 2},
+}
+
+
+def counts(report: Any) -> dict[str, int]:
+    """In how many modules each leaf op is, from a `PatchReport`."""
+    loss = "linear_cross_entropy"
+    return {op: len(names) for op, names in report.installed.items() if op != loss}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -53,7 +95,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any
     config = config_class(**{**common, **options, **overrides})
     torch.manual_seed(1234)
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, name + head)(config)
+    model = getattr(transformers, name.removesuffix("Text") + head)(config)
     with torch.no_grad():
         # At initialisation norm weights are constant and biases zero: errors in either would not show.
         for parameter in model.parameters():

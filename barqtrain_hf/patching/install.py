@@ -11,7 +11,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from barqtrain_hf.config import BarqConfig
-from barqtrain_hf.patching import head, norms, sharding
+from barqtrain_hf.patching import activations, experts, glu, head, norms, rope
+from barqtrain_hf.patching.candidate import Candidate
 from barqtrain_hf.patching.report import PatchReport
 from barqtrain_hf.runtime import cuda_unavailable_reason
 
@@ -20,15 +21,19 @@ logger = logging.getLogger(__name__)
 # Where a model keeps its _Patches. On the model itself, so that both are collected together and a
 # deep copy of a patched model knows what is bound in it.
 _ATTRIBUTE = "_barq_patches"
+# One file per kind of layer, in the order in which they look at the model.
+_KINDS = (norms, glu, experts, activations, rope)
+_LEAF_OPS = ("rms_norm", "layer_norm", "glu", "rope")
 
 
 class _Patches:
-    """What is bound in one model."""
+    """What is bound in one model: lists of module, attribute, bound method."""
 
     def __init__(self) -> None:
         self.report = PatchReport()
-        self.leaves: list[tuple[nn.Module, Any]] = []
-        self.head: list[tuple[nn.Module, Any]] = []
+        self.leaf_ops: set[str] = set()
+        self.leaves: list[tuple[nn.Module, str, Any]] = []
+        self.head: list[tuple[nn.Module, str, Any]] = []
 
 
 def patch_model(
@@ -62,14 +67,11 @@ def patch_model(
         if isinstance(result, str):
             patches.report.skip(head.OP, "", result)
         else:
-            patches.head = result
+            patches.head = [(module, "forward", forward) for module, forward in result]
             patches.report.add(head.OP, "the LM head")
-    if leaves and config.rms_norm and not patches.leaves:
-        patches.report.forget(norms.OP)
-        for name, module in base.named_modules():
-            if norms.is_candidate(module):
-                with sharding.gathered(module.parameters()):
-                    _bind_norm(base, name, module, patches)
+    if leaves:
+        ops = {op for op in _LEAF_OPS if getattr(config, op)} - patches.leaf_ops
+        _bind_leaves(base, ops, patches)
     reason = cuda_unavailable_reason()
     if reason is not None and torch.cuda.is_available() and not patches.report.notes:
         patches.report.notes.append(reason)
@@ -86,11 +88,13 @@ def unpatch_model(model: nn.Module, *, leaves: bool = True, fused_head: bool = T
     patches = unwrap(model).__dict__.get(_ATTRIBUTE)
     if patches is None:
         return
+    if leaves:
+        patches.leaf_ops.clear()
     for chosen, bound in ((leaves, patches.leaves), (fused_head, patches.head)):
         if chosen:
-            for module, forward in bound:
-                if module.__dict__.get("forward") is forward:
-                    del module.forward
+            for module, attribute, method in bound:
+                if module.__dict__.get(attribute) is method:
+                    delattr(module, attribute)
             bound.clear()
 
 
@@ -100,18 +104,37 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
 
 
-def _bind_norm(base: nn.Module, name: str, module: nn.Module, patches: _Patches) -> None:
+def _bind_leaves(base: nn.Module, ops: set[str], patches: _Patches) -> None:
+    """Binds ``ops``, none of which is in the model, wherever they match."""
+    patches.leaf_ops |= ops
+    for op in ops:
+        patches.report.forget(op)
+    for kind in _KINDS:
+        if ops.isdisjoint(kind.OPS):
+            continue
+        for candidate in kind.candidates(base):
+            op, function = _answer(base, candidate, patches.report)
+            if op not in ops:
+                continue
+            if isinstance(function, str):
+                if function:
+                    patches.report.skip(op, candidate.name, function)
+                continue
+            method = types.MethodType(function, candidate.module)
+            setattr(candidate.module, candidate.attribute, method)
+            patches.leaves.append((candidate.module, candidate.attribute, method))
+            patches.report.add(op, candidate.name)
+
+
+def _answer(base: nn.Module, candidate: Candidate, report: PatchReport) -> tuple[str, Any]:
+    """The op and the function to bind, or the op and why not."""
     if getattr(base, "use_kernels", False):
-        reason = "the model was loaded with use_kernels=True, which rebinds forwards itself"
-    elif "forward" in module.__dict__:
-        reason = "its forward is already patched (by accelerate, Liger or another package)"
-    else:
-        found = norms.new_forward(module, patches.report)
-        if not isinstance(found, str):
-            forward = types.MethodType(found, module)
-            module.forward = forward
-            patches.leaves.append((module, forward))
-            patches.report.add(norms.OP, name)
-            return
-        reason = found
-    patches.report.skip(norms.OP, name, reason)
+        return (
+            candidate.op,
+            "the model was loaded with use_kernels=True, which rebinds forwards itself",
+        )
+    if candidate.attribute in candidate.module.__dict__:
+        by = "by accelerate, Liger or another package"
+        return candidate.op, f"its {candidate.attribute} is already patched ({by})"
+    answer = candidate.build(report)
+    return (candidate.op, answer) if isinstance(answer, str) else answer

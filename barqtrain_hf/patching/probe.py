@@ -6,16 +6,35 @@ makes an unknown model or a new transformers release safe: a mismatch keeps the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
+from barqtrain_hf.errors import BarqError
+
+T = TypeVar("T")
+Tensors = Sequence[torch.Tensor]
+Function = Callable[..., torch.Tensor | Tensors]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Enough numbers that the few on a rounding boundary stay few, and that a ratio of errors is no luck.
+ELEMENTS = 4096
 # Allowed ‖ours − stock‖ / ‖stock‖ of a gradient or a loss. Both sides round in the working dtype, so
 # they differ by a few of its units in the last place.
 _GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # An output must agree element by element but for the few that sit on a rounding boundary; another
 # order of rounding changes a third of them.
 _MAX_DIFFERING = 0.02
+# The gate of the ops' own tests: error(ours) against error(stock), both measured against fp64.
+_MAX_ERROR_RATIO = 1.25
+# Rounding in fp32. Below it errors are not compared: a stock function that works in fp32 inside gives an
+# oracle which is no better than that.
+_FP32_ROUNDING = 1e-6
 
 
 def same_rounding(ours: torch.Tensor, stock: torch.Tensor, dtype: torch.dtype) -> str | None:
@@ -40,6 +59,23 @@ def close(ours: torch.Tensor, stock: torch.Tensor, dtype: torch.dtype) -> str | 
     return f"differs by {relative:.1e}, more than {tolerance:.0e}"
 
 
+def as_accurate(ours: torch.Tensor, stock: torch.Tensor, oracle: torch.Tensor) -> str | None:
+    """Why ours is further than stock from what stock gives in fp64, or None.
+
+    For stock functions that round after every step: ours, which rounds once, is another rounding of the
+    same function. Which function it is must be known from fp32; 16 bits cannot tell, say, the two GELUs.
+    """
+    if ours.shape != oracle.shape:
+        return f"gives {tuple(oracle.shape)}, not {tuple(ours.shape)}"
+    truth = oracle.double()
+    size = truth.norm().clamp(min=1e-30)
+    mine = ((ours.double() - truth).norm() / size).item()
+    theirs = ((stock.double() - truth).norm() / size).item()
+    if mine <= max(_MAX_ERROR_RATIO * theirs, _FP32_ROUNDING):  # NaN fails
+        return None
+    return f"is {mine:.1e} off in {ours.dtype}, stock {theirs:.1e}"
+
+
 def first_difference(
     names: Sequence[str],
     ours: Sequence[torch.Tensor],
@@ -52,3 +88,123 @@ def first_difference(
         if reason is not None:
             return f"{name} {reason}"
     return None
+
+
+def first_inaccuracy(
+    names: Sequence[str], ours: Tensors, stock: Tensors, oracle: Tensors
+) -> str | None:
+    """The first of several tensors that is not `as_accurate`, as a sentence, or None."""
+    for name, mine, theirs, truth in zip(names, ours, stock, oracle, strict=True):
+        reason = as_accurate(mine, theirs, truth)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+@contextmanager
+def training(module: nn.Module) -> Iterator[None]:
+    """The module in training mode while the context lasts: in evaluation a dropout would not show."""
+    before = {inner: inner.training for inner in module.modules()}
+    try:
+        for inner in before:
+            inner.training = True
+        yield
+    finally:
+        for inner, mode in before.items():
+            inner.training = mode
+
+
+class Mismatch(Exception):
+    """A probe's way of saying that a module is not what an op computes, and why."""
+
+
+def ask(question: Callable[[], T]) -> T | str:
+    """The answer of a probe, or why there is none."""
+    try:
+        return question()
+    except Mismatch as mismatch:
+        return str(mismatch)
+    except BarqError as error:  # a dtype without kernel, a failed compilation
+        return f"the op fails on the probe: {error}"
+    except Exception as error:  # whatever foreign code raises, the op is not for it
+        return f"its stock code fails on the probe: {type(error).__name__}: {error}"
+
+
+def draw(
+    shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
+) -> torch.Tensor:
+    """A leaf of normal numbers that asks for a gradient."""
+    numbers = torch.randn(tuple(shape), generator=generator, device=generator.device)
+    return (scale * numbers).to(dtype).requires_grad_()
+
+
+def inaccuracy(
+    ours: Function, stock: Function, inputs: Tensors, generator: torch.Generator
+) -> str | None:
+    """Why ours is further than stock from what stock gives in fp64, in an output or a gradient, or None."""
+    upstream: list[torch.Tensor] = []
+
+    def results(function: Function, given: Tensors) -> list[torch.Tensor]:
+        outputs = function(*given)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+        if not upstream:
+            upstream.extend(draw(y.shape, torch.float32, generator).detach() for y in outputs)
+        leaves = [tensor for tensor in given if tensor.requires_grad]
+        dys = [dy.to(y.dtype) for dy, y in zip(upstream, outputs, strict=True)]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
+
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    theirs, mine = results(stock, inputs), results(ours, inputs)
+    names = [f"output {i}" for i in range(len(upstream))]
+    names += [f"gradient {i}" for i in range(len(mine) - len(upstream))]
+    return first_inaccuracy(names, mine, theirs, results(stock, wide))
+
+
+def accurate_dtypes(
+    ours: Function, stock: Function, shapes: Sequence[Sequence[int]], generator: torch.Generator
+) -> frozenset[torch.dtype]:
+    """The dtypes in which ours is as accurate as stock.
+
+    Raises:
+        Mismatch: it is not in fp32.
+    """
+    found = set()
+    for dtype in DTYPES:
+        # Small numbers, where activations differ, and large ones, which some clip.
+        for scale in (1.0, 8.0):
+            inputs = [draw(shape, dtype, generator, scale) for shape in shapes]
+            reason = ask(partial(inaccuracy, ours, stock, inputs, generator))
+            if reason is not None:
+                break
+        if reason is None:
+            found.add(dtype)
+        elif dtype is torch.float32:
+            raise Mismatch(reason)
+    return frozenset(found)
+
+
+def kind_of(module: nn.Module) -> tuple[Any, ...]:
+    """What instances of one class may differ by: every plain attribute and function is part of the key."""
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+    plain.pop("training", None)
+    called = {k: _identity(v) for k, v in vars(module).items() if callable(v)}
+    return (type(module), *sorted(plain.items()), *sorted(called.items(), key=lambda item: item[0]))
+
+
+def _identity(function: Any) -> Any:
+    """Equal for the same function only; keeps nothing alive."""
+    if isinstance(function, partial):
+        return _identity(function.func), repr(function.args), repr(function.keywords)
+    if isinstance(function, types.MethodType):
+        return _identity(function.__func__)
+    if isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
+        return weakref.ref(function)
+    return object()  # equal to nothing
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[torch.Generator]:
+    """A generator for the probe's numbers; the user's random state is the same afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        yield torch.Generator(device).manual_seed(0)

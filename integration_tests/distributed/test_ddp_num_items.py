@@ -80,7 +80,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         results = json.loads((tmp_path / f"results{rank}.json").read_text())
         assert len(results) == 2
         for average, result in results.items():
-            assert result["installed"] == ["linear_cross_entropy", "rms_norm"]
+            assert result["installed"] == ["glu", "linear_cross_entropy", "rms_norm", "rope"]
             assert result["fallbacks"] == []
             assert result["errors"] == pytest.approx([0.0] * 4, abs=1e-5), average
             assert [norm > 0.0 for norm in result["norms"]] == [True, True, True, False]

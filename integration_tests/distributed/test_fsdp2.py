@@ -64,7 +64,7 @@ def test_gradients_are_those_of_one_model(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     for name, tolerance in (("fp32", 1e-5), ("bf16", 4e-2)):
         result = results[name]
-        assert result["installed"] == ["linear_cross_entropy", "rms_norm"]
+        assert result["installed"] == ["glu", "linear_cross_entropy", "rms_norm", "rope"]
         assert result["fallbacks"] == [] and result["left"] == []
         assert len(result["errors"]) > 10
         for key, error in result["errors"].items():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, VOCABULARY, WITHOUT_RMS_NORM, tiny_model
+from models import VOCABULARY, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments, unpatch_model
@@ -114,7 +114,9 @@ def assert_equal_runs(
     ours = run(BarqTrainer, model(), path / "ours", **options)
     assert len(ours["loss"]) == options.get("max_steps", STEPS)
     assert ours["loss"] == pytest.approx(stock["loss"], rel=1e-5 * tolerance)
-    assert ours["grad_norm"] == pytest.approx(stock["grad_norm"], rel=1e-4 * tolerance)
+    # In fp16 the first steps of both may overflow, until the loss is scaled down.
+    expected = pytest.approx(stock["grad_norm"], rel=1e-4 * tolerance, nan_ok=True)
+    assert ours["grad_norm"] == expected
     assert ours["eval"] == pytest.approx(stock["eval"], rel=1e-5 * tolerance)
     assert ours["flos"] == stock["flos"] > 0
     assert stock["fused"] == (0, 0)
@@ -125,12 +127,6 @@ def assert_equal_runs(
         assert "linear_cross_entropy" in trainer.barq_report.installed, str(trainer.barq_report)
         assert not trainer.barq_report.fallbacks, str(trainer.barq_report)
     return trainer
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str, tmp_path: Path) -> None:
-    trainer = assert_equal_runs(lambda: tiny_model(family), tmp_path)
-    assert ("rms_norm" in trainer.barq_report.installed) == (family not in WITHOUT_RMS_NORM)
 
 
 @pytest.mark.parametrize(

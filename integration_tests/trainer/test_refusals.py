@@ -59,8 +59,9 @@ def test_no_labels(tmp_path: Path) -> None:
 def test_barq_config(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="unknown key 'rmsnorm'; did you mean 'rms_norm'"):
         BarqTrainingArguments(**arguments(tmp_path, barq_config={"rmsnorm": False}))
-    with pytest.raises(ArgumentTypeError, match="rms_norm='yes' must be true or false"):
-        BarqConfig.load({"rms_norm": "yes"})
+    for name in ("rms_norm", "layer_norm", "glu", "rope", "linear_cross_entropy"):
+        with pytest.raises(ArgumentTypeError, match=f"{name}='yes' must be true or false"):
+            BarqConfig.load({name: "yes"})
     with pytest.raises(ArgumentError, match="max_extra_bytes=0 must be a positive integer"):
         BarqConfig(max_extra_bytes=0)
     with pytest.raises(ArgumentTypeError, match="must be a dict"):

@@ -1,0 +1,133 @@
+"""A layer's input that is cheap to compute again is not kept for the layer's backward pass.
+
+The layer runs under saved-tensor hooks. What it saves of its input is replaced by the recipe, whose own
+inputs the graph holds anyway; all else is saved as ever. The recipe runs again in the backward pass,
+just before the layer needs the tensor, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+_autograd = torch._C._autograd
+_PLAIN = (torch.Tensor, nn.Parameter)
+_CAST = "ToCopyBackward0"
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")  # none permutes
+
+
+def applies(layer: nn.Module, product: torch.Tensor) -> bool:
+    """Whether autograd would keep ``product`` for the backward pass of ``layer``, and nobody else decides."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not product.requires_grad:
+        return False
+    if type(layer) is nn.Linear and not layer.weight.requires_grad:
+        return False  # a frozen layer saves its weight only
+    # Checkpointing and offloading work by hooks of their own, of which only the innermost are called.
+    return (
+        _autograd._saved_tensors_hooks_is_enabled()
+        and _autograd._top_saved_tensors_default_hooks(True) is None
+        and product.numel() > 0
+    )
+
+
+def call_without_saving(
+    layer: nn.Module,
+    product: torch.Tensor,
+    op: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+) -> Any:
+    """``layer(product)``; what autograd would keep of the product is computed again instead.
+
+    Args:
+        layer: called as a module, so that its hooks fire.
+        product: ``op(*inputs)``.
+        op: deterministic; its own backward pass keeps ``inputs``.
+        inputs: plain tensors.
+    """
+    with saved_tensors_hooks(_Pack(product, op, inputs), _unpack):
+        return layer(product)
+
+
+class _Recipe:
+    """How to get a saved tensor back."""
+
+    __slots__ = ("dtype", "inputs", "op", "size", "stride")
+
+    def __init__(self, pack: _Pack, saved: torch.Tensor) -> None:
+        self.op, self.inputs = pack.op, pack.inputs
+        self.dtype, self.size, self.stride = saved.dtype, saved.size(), saved.stride()
+
+    def run(self) -> torch.Tensor:
+        with torch.no_grad():
+            tensor = self.op(*self.inputs).to(self.dtype)
+            if tensor.size() != self.size or tensor.stride() != self.stride:
+                tensor = tensor.as_strided(self.size, self.stride)
+            return tensor
+
+
+class _Pack:
+    """Tells the product among the tensors that a layer saves. Holds no reference to it."""
+
+    def __init__(
+        self,
+        product: torch.Tensor,
+        op: Callable[..., torch.Tensor],
+        inputs: Sequence[torch.Tensor],
+    ) -> None:
+        # Without their history: a saved tensor must not keep a part of the graph alive.
+        self.op, self.inputs = op, tuple(tensor.detach() for tensor in inputs)
+        self.address, self.version = product.data_ptr(), product._version
+        self.dtype, self.numel = product.dtype, product.numel()
+        self.node = _behind_views(product.grad_fn)
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor | _Recipe:
+        plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
+        if plain and (self._is_product(tensor) or self._is_cast(tensor)):
+            return _Recipe(self, tensor)
+        # A leaf as it is: under ZeRO-3 its data comes and goes. Of others only the data: a layer that
+        # saves its output would hold itself alive.
+        return tensor if tensor.grad_fn is None else tensor.detach()
+
+    def _is_product(self, tensor: torch.Tensor) -> bool:
+        """The product or a view of all of it, which nothing has written to since."""
+        return (
+            tensor.data_ptr() == self.address
+            and tensor.dtype is self.dtype
+            and tensor.numel() == self.numel
+            and tensor._version == self.version
+        )
+
+    def _is_cast(self, tensor: torch.Tensor) -> bool:
+        """The product in another dtype: LoRA casts its input to its weights' dtype, and autocast may cast
+        that back. Only where a single cast gives the same bits.
+        """
+        if tensor._version or tensor.numel() != self.numel or not tensor.is_contiguous():
+            return False
+        node = _behind_views(tensor.grad_fn)
+        if node is None or node.name() != _CAST:
+            return False
+        source = _behind_views(node.next_functions[0][0])
+        if source is self.node:
+            return True
+        if source is None or source.name() != _CAST:
+            return False
+        between = [metadata.dtype for metadata in getattr(source, "_input_metadata", ())]
+        return (
+            _behind_views(source.next_functions[0][0]) is self.node
+            and between == [torch.float32]
+            and tensor.dtype is self.dtype  # there and back again
+        )
+
+
+def _behind_views(node: Any) -> Any:
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    return node
+
+
+def _unpack(saved: torch.Tensor | _Recipe) -> torch.Tensor:
+    return saved.run() if type(saved) is _Recipe else saved  # type: ignore[return-value]
