@@ -15,6 +15,10 @@ COMMANDS = {
         "barqtrain_hf.cli.demo",
         "train a small model with BarqTrainer and with Trainer, and compare the two",
     ),
+    "doctor": (
+        "barqtrain_hf.cli.doctor",
+        "say what runs on this machine, how well, and what would be put into a model",
+    ),
 }
 INTERRUPTED = 130
 
@@ -26,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``barqtrain``; those of this process by default.
 
     Returns:
-        The exit code: 0, 2 for a mistake in the arguments or the data, 130 after Ctrl-C.
+        The exit code: 0, 1 if doctor finds a problem, 2 for a mistake in the arguments or the data, 130
+        after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else ""
