@@ -25,4 +25,5 @@
 // instantiate: norm_backward<true,false,__nv_bfloat16,{__nv_bfloat16,float},float,{8,1},0>
 // instantiate: norm_backward<true,false,__nv_bfloat16,{__nv_bfloat16,float},float,8,{1,2}>
 // instantiate: column_sum<{float,__half,__nv_bfloat16},{4,1}>
-#include "norm.cuh"
+#include "norm_backward.cuh"
+#include "norm_forward.cuh"

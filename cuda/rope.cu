@@ -36,8 +36,13 @@ __device__ __forceinline__ void turn(float& a, float& b, float cos_a, float cos_
   b = b * cos_b + before * (BACKWARD ? -sin_a : sin_b);
 }
 
+// Blocks an SM should have room for, where 64 registers suffice.
+template <typename I, typename C, typename O>
+constexpr int kBlocks =
+    !kIsHalf<I> && sizeof(I) == sizeof(C) && sizeof(I) == sizeof(O) ? 2 : 1;
+
 template <typename I, typename C, typename O, int VEC, bool PAIRS_INSIDE, bool BACKWARD>
-__global__ void __launch_bounds__(kThreads, !kIsHalf<I> && sizeof(I) == sizeof(C) && sizeof(I) == sizeof(O) ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kBlocks<I, C, O>)
     rope(const I* __restrict__ q,             // [batch, q_heads, length, dim], strided
          const I* __restrict__ k,             // [batch, heads - q_heads, length, dim], strided
          const C* __restrict__ cos,           // [batch or 1, length, rotary], or [positions, rotary]

@@ -66,7 +66,9 @@ def gelu(
     """``F.gelu(x, approximate=approximate)`` for [...] of fp32, fp16 or bf16; errors as :func:`swiglu`."""
     check_dtypes("gelu", x=x.dtype)
     activation = _gelu_name("gelu", approximate)
-    if not (backend == "auto" and small(x)) and use_cuda("gelu", backend, x, None):
+    # In fp32 arithmetic is what it costs, and PyTorch's kernel needs no less of it.
+    stock = backend == "auto" and (x.dtype is torch.float32 or small(x))
+    if not stock and use_cuda("gelu", backend, x, None):
         return _apply(activation, x, None, False)
     return activation_reference(activation, x)
 

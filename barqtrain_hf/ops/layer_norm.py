@@ -17,6 +17,7 @@ import torch
 
 from barqtrain_hf.ops import _norm
 from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._norm_kernels import ONCE, Norm
 
 
 @overload
@@ -103,7 +104,7 @@ def layer_norm_reference(
 
 
 def _unsupported(
-    norm: _norm.Norm,
+    norm: Norm,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -125,7 +126,7 @@ def _definition(
 
 
 @cached
-def _kind(x: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype | None) -> _norm.Norm:
+def _kind(x: torch.dtype, weight: torch.dtype, out_dtype: torch.dtype | None) -> Norm:
     out = out_dtype or x
     check_dtypes("layer_norm", x=x, weight=weight, out_dtype=out)
-    return _norm.Norm(True, _norm.ONCE, x, weight, out, functools.partial(_definition, out))
+    return Norm(True, ONCE, x, weight, out, functools.partial(_definition, out))

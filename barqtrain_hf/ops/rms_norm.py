@@ -24,6 +24,7 @@ import torch
 from barqtrain_hf.errors import ArgumentError
 from barqtrain_hf.ops import _norm
 from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._norm_kernels import LLAMA, ONCE, ZERO_CENTERED, Norm
 
 
 @overload
@@ -116,7 +117,7 @@ def rms_norm_reference(
 
 
 @cached
-def _kind(x: torch.dtype, weight: torch.dtype, zero_centered: bool, round_once: bool) -> _norm.Norm:
+def _kind(x: torch.dtype, weight: torch.dtype, zero_centered: bool, round_once: bool) -> Norm:
     check_dtypes("rms_norm", x=x, weight=weight)
     if zero_centered and round_once:
         raise ArgumentError("rms_norm: zero_centered rounds once already; drop round_once=True.")
@@ -124,8 +125,8 @@ def _kind(x: torch.dtype, weight: torch.dtype, zero_centered: bool, round_once: 
         rms_norm_reference, zero_centered=zero_centered, round_once=round_once
     )
     if zero_centered:
-        return _norm.Norm(False, _norm.ZERO_CENTERED, x, weight, x, reference)
+        return Norm(False, ZERO_CENTERED, x, weight, x, reference)
     if round_once:
-        return _norm.Norm(False, _norm.ONCE, x, weight, x, reference)
+        return Norm(False, ONCE, x, weight, x, reference)
     out = torch.promote_types(x, weight)
-    return _norm.Norm(False, _norm.LLAMA, x, weight, out, reference)
+    return Norm(False, LLAMA, x, weight, out, reference)

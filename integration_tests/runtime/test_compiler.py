@@ -110,8 +110,8 @@ def test_the_key_covers_everything_that_shapes_the_binary(monkeypatch: pytest.Mo
     keys.add(compiler._key(SOURCE, NAME, "80"))
     monkeypatch.undo()
     parts = compiler._with_headers(SOURCE)
-    assert len(parts) == 4  # the source and three headers
-    monkeypatch.setattr(compiler, "_with_headers", lambda _: (*parts[:3], parts[3] + " "))
+    assert len(parts) == 6  # the source and five headers
+    monkeypatch.setattr(compiler, "_with_headers", lambda _: (*parts[:-1], parts[-1] + " "))
     keys.add(compiler._key(SOURCE, NAME, "80"))
     monkeypatch.undo()
     from cupy.cuda import nvrtc

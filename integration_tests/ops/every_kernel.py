@@ -1,0 +1,83 @@
+"""Launches every kernel of the norms, activations and RoPE on shapes of all paths, for compute-sanitizer.
+
+compute-sanitizer --tool racecheck python integration_tests/ops/every_kernel.py
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from norm_cases import DTYPES, SHAPES, misaligned
+
+from barqtrain_hf.ops import apply_rope, geglu, gelu, layer_norm, rms_norm, swiglu
+
+EPS = 1e-6
+NORM_SHAPES = [*SHAPES, (5, 16384), (3, 16392), (3, 16385), (700, 32), (3, 1), (300, 2048)]
+GLU_SHAPES = [(3, 77), (7, 256), (2, 4096), (37, 4100)]
+# batch, tokens, query heads, key heads, D, R
+ROPE_SHAPES = [
+    (2, 33, 8, 2, 64, 64),
+    (1, 129, 5, 1, 128, 128),
+    (2, 7, 4, 4, 96, 32),
+    (1, 5, 3, 1, 10, 6),
+    (1, 17, 72, 8, 128, 128),
+    (1, 3, 2, 2, 500, 20),
+]
+
+
+def leaf(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
+
+
+def backward(outputs: Any, *inputs: torch.Tensor) -> None:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, inputs, [torch.randn_like(y) for y in outputs])
+
+
+def norms(dtype: torch.dtype, rows: int, dim: int) -> None:
+    x, residual = leaf(dtype, rows, dim), leaf(dtype, rows, dim)
+    shifted = misaligned(x.detach()).requires_grad_()
+    for w_dtype in {dtype, torch.float32}:
+        w, b = leaf(w_dtype, dim), leaf(w_dtype, dim)
+        backward(rms_norm(x, w, EPS, backend="cuda"), x, w)
+        y = layer_norm(x, w, b, EPS, out_dtype=torch.float32, backend="cuda")
+        backward(y, x, w, b)
+    w, b = leaf(dtype, dim), leaf(dtype, dim)
+    for source in (x, shifted):
+        backward(rms_norm(source, w, EPS, backend="cuda"), source, w)
+        backward(layer_norm(source, w, b, EPS, backend="cuda"), source, w, b)
+    backward(rms_norm(x, w, EPS, residual=residual, backend="cuda"), x, w, residual)
+    backward(layer_norm(x, w, b, EPS, residual=residual, backend="cuda"), x, w, b, residual)
+
+
+def activations(dtype: torch.dtype, rows: int, width: int) -> None:
+    gate, up = leaf(dtype, rows, width), leaf(dtype, rows, width)
+    both = leaf(dtype, rows, 2 * width)
+    backward(swiglu(gate, up, backend="cuda"), gate, up)
+    backward(swiglu(both, backend="cuda"), both)
+    for approximate in ("none", "tanh"):
+        backward(geglu(gate, up, approximate=approximate, backend="cuda"), gate, up)
+        backward(gelu(gate, approximate=approximate, backend="cuda"), gate)
+
+
+def rotations(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    batch, tokens, q_heads, k_heads, dim, rotary = shape
+    q, k = (leaf(dtype, batch, tokens, heads, dim) for heads in (q_heads, k_heads))
+    for interleaved, angle_dtype in itertools.product((False, True), {dtype, torch.float32}):
+        cos = torch.randn(batch, tokens, rotary, device="cuda").to(angle_dtype)
+        heads_first = (q.transpose(1, 2), k.transpose(1, 2))
+        turned = apply_rope(*heads_first, cos, cos, interleaved=interleaved, backend="cuda")
+        backward(turned, q, k)
+
+
+if __name__ == "__main__":
+    for dtype in DTYPES:
+        for norm_shape in NORM_SHAPES:
+            norms(dtype, *norm_shape)
+        for glu_shape in GLU_SHAPES:
+            activations(dtype, *glu_shape)
+        for rope_shape in ROPE_SHAPES:
+            rotations(dtype, rope_shape)
+    torch.cuda.synchronize()
