@@ -28,16 +28,16 @@
 constexpr int kForwardThreads = 1024, kBackwardThreads = 256;
 enum Activation { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
 
-// x times the sigmoid s of z, with s and s * (1 - s), which does not cancel.
+// x times the sigmoid s of z, with s and 1 - s, which does not cancel.
 struct Gate {
-  float value, s, slope;
+  float value, s, rest;
 };
 
 template <bool PRECISE>
 __device__ __forceinline__ Gate gate_by(float x, float z) {
   const float e = PRECISE ? expf(-z) : __expf(-z);
   const float s = PRECISE ? 1.0f / (1.0f + e) : __fdividef(1.0f, 1.0f + e);
-  return {PRECISE ? x / (1.0f + e) : x * s, s, s * (z < 0.0f ? 1.0f - s : e * s)};
+  return {PRECISE ? x / (1.0f + e) : x * s, s, z < 0.0f ? 1.0f - s : e * s};
 }
 
 // The normal distribution function Phi(x) and its density. erff costs more than the memory leaves time for,
@@ -69,15 +69,15 @@ __device__ __forceinline__ float activate(float x, float* slope) {
     Gate gate;
     if (kTanh && PRECISE) {  // fewer roundings
       const float t = tanhf(0.5f * z), s = 0.5f * (1.0f + t);
-      gate = {x * s, s, 0.25f * (1.0f - t * t)};
+      gate = {x * s, s, 0.5f * (1.0f - t)};
     } else {
       gate = gate_by<PRECISE>(x, z);
     }
     if (slope != nullptr) {
-      // Where x^2 could overflow gate.slope is zero.
-      const float near = fminf(fabsf(x), 100.0f);
+      // Beyond 100 one of s and 1 - s is zero: no infinity times that.
+      const float near = fminf(fmaxf(x, -100.0f), 100.0f);
       const float inner = kTanh ? kScale * (1.0f + 3.0f * kCube * near * near) : 1.0f;
-      *slope = gate.s + x * gate.slope * inner;
+      *slope = gate.s * (1.0f + near * gate.rest * inner);
     }
     return gate.value;
   }
@@ -85,7 +85,7 @@ __device__ __forceinline__ float activate(float x, float* slope) {
 
 // Block x of a row takes the vectors from x * blockDim.x on; a row has `chunks` blocks.
 template <typename T, int ACTIVATION, bool GATED, int VEC>
-__global__ void __launch_bounds__(kForwardThreads)
+__global__ void __launch_bounds__(kForwardThreads, 2)
     glu_forward(const T* __restrict__ gate,  // [rows, columns], rows gate_stride apart
                 const T* __restrict__ up,    // [rows, columns], rows up_stride apart, if GATED
                 T* __restrict__ y,           // [rows, columns]

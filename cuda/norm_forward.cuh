@@ -18,9 +18,7 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<RESIDUAL, sizeof(O) != si
                  O* __restrict__ y,               // [rows, dim]
                  T* __restrict__ h,               // [rows, dim] if RESIDUAL
                  float2* __restrict__ stats,      // [rows] mean and r if LAYER, kept for the backward pass
-                 long long rows, int dim, int width,
-                 float per_dim,  // 1 / dim: divisions by it would be a tenth of a row's instructions
-                 float eps, int rounding) {
+                 long long rows, int dim, int width, float eps, int rounding) {
   constexpr int kSums = LAYER ? 2 : 1;
   __shared__ float scratch[2][kMaxWarps][kSums];
   const Group group(width);
@@ -88,20 +86,20 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocks<RESIDUAL, sizeof(O) != si
   float mean = 0.0f, variance;
   if constexpr (LAYER) {
     sum(0.0f);
-    mean = sums[0] * per_dim;
-    variance = sums[1] * per_dim - mean * mean;
+    mean = sums[0] / dim;
+    variance = sums[1] / dim - mean * mean;
     // Where the mean is too far from zero the sums of squares have cancelled: once more, about the mean. At
     // a standard deviation one bit is lost, which fp32 results would show.
     constexpr float kFar = sizeof(O) == 4 ? 16.0f : 1.0f;
     if (__any_sync(kAllLanes, kFar * mean * mean > variance)) {
       sum(mean);
-      const float shift = sums[0] * per_dim;
-      variance = sums[1] * per_dim - shift * shift;
+      const float shift = sums[0] / dim;
+      variance = sums[1] / dim - shift * shift;
       mean += shift;
     }
   } else {
     sum(0.0f);
-    variance = sums[0] * per_dim;
+    variance = sums[0] / dim;
   }
   const float r = rsqrtf(variance + eps);
   if (!active) return;

@@ -13,12 +13,16 @@ from barqtrain_hf.ops._norm_kernels import ONCE, Norm, backward, forward
 
 
 def small(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether PyTorch's fused norm is the better kernel, and the same function."""
+    """Whether PyTorch's fused norm is the better kernel, as `_backend.small`, and the same function."""
+    dtype = x.dtype
     return (
-        _backend.small(x)
-        and x.dtype is weight.dtype
-        and x.dtype in CUDA_NAMES
+        x.is_cuda
+        and x.numel() <= _backend.SMALL
+        and dtype is weight.dtype
+        and weight.dim() == 1
+        and dtype in CUDA_NAMES
         and not torch.is_autocast_enabled("cuda")  # there PyTorch's norms return fp32
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -69,8 +73,10 @@ def apply(
         # Exact, and it saves a set of kernels for 16-bit weights of an fp32 stream.
         weight, bias = weight.float(), None if bias is None else bias.float()
         norm = norm._replace(weight=torch.float32)
-    if residual is not None and norm.weight is not norm.x:
-        x, residual = x + residual, None
+    # Outside the Function, so that autograd knows of the copies it may save.
+    x, weight = x.contiguous(), weight.contiguous()
+    if residual is not None and not (norm.weight is norm.x is norm.out):
+        x = x + residual
         return _apply(norm, x, weight, bias, None, eps), x
     return _apply(norm, x, weight, bias, residual, eps)
 
@@ -100,7 +106,6 @@ class _Norm(torch.autograd.Function):
         norm: Norm,
         eps: float,
     ) -> Any:
-        x, weight = x.contiguous(), weight.contiguous()
         y, h, stats = forward(norm, x, weight, bias, residual, eps)
         if stats is None:
             ctx.save_for_backward(h, weight)
@@ -145,7 +150,7 @@ def _differentiable(
     h, weight = (t if t.requires_grad else t.detach().requires_grad_() for t in (h, weight))
     y = norm.reference(h, weight, eps).to(dy.dtype)
     dx, dw = torch.autograd.grad(y, (h, weight), dy, create_graph=True)
-    db = dy.flatten(0, -2).float().sum(0).to(weight.dtype)
+    db = dy.reshape(-1, dy.shape[-1]).float().sum(0).to(weight.dtype)
     return dx if dh is None else dx + dh, dw, db
 
 

@@ -68,7 +68,7 @@ def forward(
         kernel, layout = _forward_kernel(norm, residual is not None, dim, aligned)
         threads = layout.groups * layout.width
         grid, block = (-(-rows // layout.groups), 1, 1), (threads, 1, 1)
-        scalars = (rows, dim, layout.width, 1.0 / dim, eps, norm.rounding)
+        scalars = (rows, dim, layout.width, eps, norm.rounding)
         kernel.launch(x.get_device(), grid, block, *addresses, *scalars)
     return y, h, stats
 
@@ -161,7 +161,6 @@ def _forward_kernel(norm: Norm, residual: bool, dim: int, aligned: bool) -> tupl
         "rows": "int64",
         "dim": "int32",
         "width": "int32",
-        "per_dim": "float32",
         "eps": "float32",
         "rounding": "int32",
     }

@@ -119,6 +119,8 @@ def _gated(
 def _apply(
     activation: str, gate: torch.Tensor, up: torch.Tensor | None, gated: bool
 ) -> torch.Tensor:
+    # Outside the Function, so that autograd knows of the copies it may save.
+    gate, up = _geometry(gate, up, gated)[:2]
     if torch.compiler.is_compiling():
         return torch.ops.barq.glu(gate, up, activation, gated)  # type: ignore[no-any-return]
     return _GLU.apply(gate, up, activation, gated)
@@ -129,7 +131,7 @@ class _GLU(torch.autograd.Function):
     def forward(
         ctx: Any, gate: torch.Tensor, up: torch.Tensor | None, activation: str, gated: bool
     ) -> torch.Tensor:
-        gate, up, y = _forward(gate, up, activation, gated)
+        y = _forward(gate, up, activation, gated)
         if up is None:
             ctx.save_for_backward(gate)
         else:
@@ -198,8 +200,7 @@ def _geometry(
 
 def _forward(
     gate: torch.Tensor, up: torch.Tensor | None, activation: str, gated: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Both inputs with rows of one stride, and the result."""
+) -> torch.Tensor:
     gate, up, columns, gate_stride, up_stride, _ = _geometry(gate, up, gated)
     halves = gated and up is None
     shape = (*gate.shape[:-1], columns) if halves else gate.shape
@@ -218,7 +219,7 @@ def _forward(
         pointers = (first, second, y.data_ptr())
         scalars = (columns, gate_stride, up_stride, chunks)
         kernel.launch(gate.get_device(), grid, (_FORWARD_THREADS, 1, 1), *pointers, *scalars)
-    return gate, up, y
+    return y
 
 
 def _backward(
@@ -274,7 +275,7 @@ def _built(direction: str, dtype: torch.dtype, activation: str, gated: bool, vec
 def _glu_op(
     gate: torch.Tensor, up: torch.Tensor | None, activation: str, gated: bool
 ) -> torch.Tensor:
-    return _forward(gate, up, activation, gated)[2]
+    return _forward(gate, up, activation, gated)
 
 
 @_glu_op.register_fake

@@ -69,9 +69,14 @@ def apply_rope(
         _check_inplace(q, k, out)
     if use_cuda("apply_rope", backend, q, _unsupported(q, k, cos, sin, position_ids)):
         options = (position_ids, interleaved, unsqueeze_dim, out)
-        if not torch.compiler.is_compiling():
-            return _Rope.apply(q, k, cos, sin, *options, inplace)  # type: ignore[no-any-return]
-        turned = torch.ops.barq.rope(q, k, cos, sin, *options, False)
+        if torch.compiler.is_compiling():
+            turned = torch.ops.barq.rope(q, k, cos, sin, *options, False)
+        else:
+            # The kernel needs neighbouring dimensions side by side; elsewhere the result is copied back.
+            here = inplace and q.stride(3) == 1 == k.stride(3)
+            turned = _Rope.apply(q, k, cos, sin, *options, here)
+            if here == inplace:
+                return turned  # type: ignore[no-any-return]
     else:
         turned = apply_rope_reference(
             q,
@@ -150,8 +155,10 @@ def _check_shapes(
         )
     batch, length, dim = q_shape[0], q_shape[3 - heads], q_shape[3]
     rows = cos.shape if position_ids is None else (*position_ids.shape, *cos.shape[1:])
+    tables = position_ids is None or (position_ids.dim() == 2 and cos.dim() == 2)
     if (
-        cos.shape != sin.shape
+        not tables
+        or cos.shape != sin.shape
         or len(rows) != 3
         or rows[0] not in (1, batch)
         or rows[1] != length

@@ -186,17 +186,19 @@ def test_kernel_under_torch_compile_has_no_graph_break(two: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("function", [swiglu, geglu], ids=lambda f: f.__name__)
 def test_second_derivative(function: Any) -> None:
-    gate, up, upstream = inputs(6, 40, dtype=torch.float32)
-    seconds = []
-    for backend in ("cuda", "torch"):
-        leaves = [t.detach().requires_grad_() for t in (gate, up)]
-        grads = torch.autograd.grad(
-            function(*leaves, backend=backend), leaves, upstream, create_graph=True
-        )
-        total = grads[0].square().sum() + grads[1].square().sum()
-        seconds.append(torch.autograd.grad(total, leaves))
-    for mine, theirs in zip(*seconds, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    gate, up, upstream = inputs(40, 40, dtype=torch.float32)
+    for transpose in (False, True):  # a copy that is saved must be part of the graph
+        seconds = []
+        for backend in ("cuda", "torch"):
+            leaves = [t.detach().requires_grad_() for t in (gate, up)]
+            source = [t.t() if transpose else t for t in leaves]
+            grads = torch.autograd.grad(
+                function(*source, backend=backend), leaves, upstream, create_graph=True
+            )
+            total = grads[0].square().sum() + grads[1].square().sum()
+            seconds.append(torch.autograd.grad(total, leaves))
+        for mine, theirs in zip(*seconds, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -129,6 +129,18 @@ def test_kernel_with_residual(rows: int, dim: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_residual_with_a_wide_result(dtype: torch.dtype) -> None:
+    named = {"out_dtype": torch.float32}
+    assert_as_accurate(
+        lambda: inputs(33, 512, (dtype, dtype, torch.float32), "cuda", residual=True),
+        graded(layer_norm, backend="cuda", **named),
+        graded(layer_norm_reference, **named),
+        oracle,
+    )
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mean", [0.0, 3.0, 100.0, -3000.0])
 @pytest.mark.parametrize("dim", [64, 77, 1000, 4096, 40000])
 def test_mean_far_from_zero(mean: float, dim: int) -> None:

@@ -223,21 +223,29 @@ def test_small_inputs_take_torchs_kernel_unless_told_otherwise() -> None:
         assert torch.equal(rms_norm(x, weight, EPS), rms_norm(x, weight, EPS, backend="cuda"))
     big = torch.randn(2100, 512, device="cuda").bfloat16()
     assert torch.equal(rms_norm(big, weight, EPS), rms_norm(big, weight, EPS, backend="cuda"))
-    with pytest.raises(ArgumentError, match="weight of shape"):
-        rms_norm(x, weight[:100])
+    for wrong in (weight[:100], torch.ones(64, 512, device="cuda").bfloat16()):
+        with pytest.raises(ArgumentError, match="weight of shape"):
+            rms_norm(x, wrong)
 
 
 @pytest.mark.gpu
 def test_second_derivative() -> None:
-    x, weight, upstream = inputs(6, 40, torch.float32, torch.float32, "cuda")
-    seconds = []
-    for backend in ("cuda", "torch"):
-        leaves = [t.detach().requires_grad_() for t in (x, weight)]
-        y = rms_norm(*leaves, EPS, backend=backend)  # type: ignore[arg-type, call-overload]
-        (dx, _) = torch.autograd.grad(y, leaves, upstream, create_graph=True)
-        seconds.append(torch.autograd.grad(dx.square().sum(), leaves))
-    for mine, theirs in zip(*seconds, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    x, weight, upstream = inputs(40, 40, torch.float32, torch.float32, "cuda")
+    for transpose in (False, True):  # a copy that is saved must be part of the graph
+        seconds = []
+        for backend in ("cuda", "torch"):
+            leaves = [t.detach().requires_grad_() for t in (x, weight)]
+            source = leaves[0].t() if transpose else leaves[0]
+            y = rms_norm(source, leaves[1], EPS, backend=backend)  # type: ignore[arg-type, call-overload]
+            (dx, _) = torch.autograd.grad(y, leaves, upstream, create_graph=True)
+            seconds.append(torch.autograd.grad(dx.square().sum(), leaves))
+        for mine, theirs in zip(*seconds, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    flat = torch.randn(40, device="cuda", requires_grad=True)
+    (dx,) = torch.autograd.grad(
+        rms_norm(flat, weight, EPS, backend="cuda").sum(), flat, create_graph=True
+    )
+    assert dx.shape == (40,) and dx.requires_grad
 
 
 @pytest.mark.gpu

@@ -196,6 +196,9 @@ def test_in_place_where_autograd_allows(device: str) -> None:
     turned = apply_rope(own_q, own_k, cos, sin, inplace=True)
     assert turned[0].data_ptr() == own_q.data_ptr() and torch.equal(own_q, expected[0])
     assert torch.equal(own_k, expected[1])
+    strided = [torch.stack((t, t), dim=-1)[..., 0] for t in (q, k)]
+    apply_rope(*strided, cos, sin, inplace=True)
+    assert torch.equal(strided[0], expected[0]) and torch.equal(strided[1], expected[1])
     leaf = q.clone().requires_grad_()
     with pytest.raises(ArgumentError, match="q is a leaf that needs gradients"):
         apply_rope(leaf, k, cos, sin, inplace=True)
@@ -272,5 +275,8 @@ def test_bad_arguments_name_the_argument() -> None:
     ids = torch.zeros(2, 33, dtype=torch.int32)
     with pytest.raises(ArgumentTypeError, match=r"position_ids is torch\.int32"):
         apply_rope(q, k, cos[0], sin[0], position_ids=ids)
+    for tables, rows in ((cos, ids.long()), (cos[0], ids[0].long())):
+        with pytest.raises(ArgumentError, match="for position_ids of"):
+            apply_rope(q, k, tables, tables, position_ids=rows)
     with pytest.raises(UnsupportedError, match="cpu; move it to a CUDA device"):
         apply_rope(q, k, cos, sin, backend="cuda")
