@@ -10,7 +10,8 @@
 // backward pass computes act(g) again, so that only g and u are kept. Exponential and division are the
 // hardware's approximations (2 units in the last place) except in fp32.
 //
-// A thread takes one vector: more were slower. Rows have strides, for gate and up side by side in one tensor;
+// A thread takes one vector, or two of the exact GELU's forward pass: its long chains of arithmetic need
+// company, the others gain nothing from it. Rows have strides, for gate and up side by side in one tensor;
 // contiguous tensors are one long row of as many blocks as it needs. VEC == 1 is the path for misaligned
 // views and odd sizes.
 //
@@ -25,19 +26,23 @@
 // instantiate: glu_backward<{__half,__nv_bfloat16},{1,2},false,{8,1}>
 #include "vector.cuh"
 
-constexpr int kForwardThreads = 1024, kBackwardThreads = 256;
+constexpr int kBackwardThreads = 256;
 enum Activation { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+template <int ACTIVATION>
+constexpr int kForwardThreads = ACTIVATION == kGelu ? 256 : 1024;
+template <int ACTIVATION>
+constexpr int kForwardVectors = ACTIVATION == kGelu ? 2 : 1;
 
-// x times the sigmoid s of z, with s and 1 - s, which does not cancel.
+// x times the sigmoid s of z, with s and s * (1 - s), which does not cancel.
 struct Gate {
-  float value, s, rest;
+  float value, s, slope;
 };
 
 template <bool PRECISE>
 __device__ __forceinline__ Gate gate_by(float x, float z) {
   const float e = PRECISE ? expf(-z) : __expf(-z);
   const float s = PRECISE ? 1.0f / (1.0f + e) : __fdividef(1.0f, 1.0f + e);
-  return {PRECISE ? x / (1.0f + e) : x * s, s, z < 0.0f ? 1.0f - s : e * s};
+  return {PRECISE ? x / (1.0f + e) : x * s, s, s * (z < 0.0f ? 1.0f - s : e * s)};
 }
 
 // The normal distribution function Phi(x) and its density. erff costs more than the memory leaves time for,
@@ -69,39 +74,52 @@ __device__ __forceinline__ float activate(float x, float* slope) {
     Gate gate;
     if (kTanh && PRECISE) {  // fewer roundings
       const float t = tanhf(0.5f * z), s = 0.5f * (1.0f + t);
-      gate = {x * s, s, 0.5f * (1.0f - t)};
+      gate = {x * s, s, 0.25f * (1.0f - t * t)};
     } else {
       gate = gate_by<PRECISE>(x, z);
     }
     if (slope != nullptr) {
-      // Beyond 100 one of s and 1 - s is zero: no infinity times that.
-      const float near = fminf(fmaxf(x, -100.0f), 100.0f);
+      // Where x^2 could overflow gate.slope is zero.
+      const float near = fminf(fabsf(x), 100.0f);
       const float inner = kTanh ? kScale * (1.0f + 3.0f * kCube * near * near) : 1.0f;
-      *slope = gate.s * (1.0f + near * gate.rest * inner);
+      *slope = gate.s + x * gate.slope * inner;
     }
     return gate.value;
   }
 }
 
-// Block x of a row takes the vectors from x * blockDim.x on; a row has `chunks` blocks.
+// A row has `chunks` blocks, one after the other.
 template <typename T, int ACTIVATION, bool GATED, int VEC>
-__global__ void __launch_bounds__(kForwardThreads, 2)
+__global__ void __launch_bounds__(kForwardThreads<ACTIVATION>)
     glu_forward(const T* __restrict__ gate,  // [rows, columns], rows gate_stride apart
                 const T* __restrict__ up,    // [rows, columns], rows up_stride apart, if GATED
                 T* __restrict__ y,           // [rows, columns]
                 long long columns, long long gate_stride, long long up_stride, int chunks) {
-  const long long row = blockIdx.x / chunks;
-  const long long i = (long long)(blockIdx.x - row * chunks) * blockDim.x + threadIdx.x;
-  if (i >= columns / VEC) return;
-  Held<T, VEC> g(gate + row * gate_stride, i), u;
-  if constexpr (GATED) u.load(up + row * up_stride, i);
-  float a[VEC];
-  g.unpack(a);
+  constexpr int kVectors = kForwardVectors<ACTIVATION>;
+  const long long row = blockIdx.x / chunks, vectors = columns / VEC;
+  const long long first =
+      (long long)(blockIdx.x - row * chunks) * (blockDim.x * kVectors) + threadIdx.x;
+  Held<T, VEC> g[kVectors], u[kVectors];
 #pragma unroll
-  for (int e = 0; e < VEC; ++e) a[e] = activate<ACTIVATION, sizeof(T) == 4>(a[e], nullptr);
-  g.pack(a);
-  if constexpr (GATED) g.multiply_by(u);
-  g.store(y + row * columns, i);
+  for (int k = 0; k < kVectors; ++k) {
+    const long long i = first + k * blockDim.x;
+    if (i < vectors) {
+      g[k].load(gate + row * gate_stride, i);
+      if constexpr (GATED) u[k].load(up + row * up_stride, i);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const long long i = first + k * blockDim.x;
+    if (i >= vectors) return;
+    float a[VEC];
+    g[k].unpack(a);
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) a[e] = activate<ACTIVATION, sizeof(T) == 4>(a[e], nullptr);
+    g[k].pack(a);
+    if constexpr (GATED) g[k].multiply_by(u[k]);
+    g[k].store(y + row * columns, i);
+  }
 }
 
 template <typename T, int ACTIVATION, bool GATED, int VEC>

@@ -25,7 +25,9 @@ from barqtrain_hf.runtime import Kernel
 Approximation = Literal["none", "tanh"]
 # Activation of glu.cu, in its order.
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_FORWARD_THREADS, _BACKWARD_THREADS = 1024, 256  # of glu.cu
+_BACKWARD_THREADS = 256
+# Threads of a block and vectors of a thread forward, as in glu.cu.
+_FORWARD = {"silu": (1024, 1), "gelu": (256, 2), "gelu_tanh": (1024, 1)}
 
 
 def swiglu(
@@ -214,11 +216,12 @@ def _forward(
         kernel, vec = _kernel(
             "forward", gate.dtype, activation, gated, aligned, columns, gate_stride, up_stride
         )
-        chunks = -(-columns // (vec * _FORWARD_THREADS))
+        threads, vectors = _FORWARD[activation]
+        chunks = -(-columns // (vec * threads * vectors))
         grid = (y.numel() // columns * chunks, 1, 1)
         pointers = (first, second, y.data_ptr())
         scalars = (columns, gate_stride, up_stride, chunks)
-        kernel.launch(gate.get_device(), grid, (_FORWARD_THREADS, 1, 1), *pointers, *scalars)
+        kernel.launch(gate.get_device(), grid, (threads, 1, 1), *pointers, *scalars)
     return y
 
 

@@ -30,6 +30,7 @@ _probed: dict[tuple[Any, ...], tuple[str, frozenset[torch.dtype]] | str] = {}
 
 def candidates(model: nn.Module) -> Iterator[Candidate]:
     """Activations beside the weights that they stand between, unless the op of an MLP includes them."""
+    seen: set[nn.Module] = set()  # one instance may serve all layers
     for name, parent in model.named_modules():
         weight = next(parent.parameters(), None)
         if weight is None or "forward" in parent.__dict__ or "_apply_gate" in parent.__dict__:
@@ -37,7 +38,8 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         # Of an MLP with a gate that did not match, the report says so already.
         reported = not glu.is_gated(parent) and not glu.is_experts(parent)
         for child_name, module in parent.named_children():
-            if _is_activation(child_name, module):
+            if module not in seen and _is_activation(child_name, module):
+                seen.add(module)
                 full_name = f"{name}.{child_name}" if name else child_name
                 build = partial(_build, module, weight, reported)
                 yield Candidate(glu.OP, full_name, module, build)
@@ -57,10 +59,8 @@ def _build(module: nn.Module, weight: torch.Tensor, reported: bool, report: Patc
     if reason is not None:
         return reason
     key = (probe.kind_of(module), weight.device)
-    if key not in _probed:
-        with probe.undisturbed(weight.device) as generator, probe.training(module):
-            _probed[key] = probe.ask(partial(_probe, module, generator))
-    found = _probed[key]
+    with probe.training(module):
+        found = probe.recall(_probed, key, partial(_probe, module), weight.device)
     if isinstance(found, str):
         return f"{type(module).__name__} is not a GELU: {found}" if reported else ""
     return glu.OP, _new_forward(*found, report)

@@ -35,15 +35,13 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
 def _build(module: nn.Module, report: PatchReport) -> Answer:
     weight = module._parameters["gate_up_proj"]
     assert weight is not None
-    reason = glu.unusable(weight) or _unused(module)
+    reason = glu.unusable(weight) or glu.stateful(module) or _unused(module)
     if reason is not None:
         return reason
     key: tuple[Any, ...] = (probe.kind_of(module), weight.device)
     key += tuple((name, probe.kind_of(child)) for name, child in module.named_children())
-    if key not in _probed:
-        with probe.undisturbed(weight.device) as generator, probe.training(module):
-            _probed[key] = probe.ask(partial(_probe, module, generator))
-    found = _probed[key]
+    with probe.training(module):
+        found = probe.recall(_probed, key, partial(_probe, module), weight.device)
     return found if isinstance(found, str) else (glu.OP, _new_method(*found, report))
 
 

@@ -12,11 +12,10 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from barqtrain_hf.ops import geglu, swiglu
@@ -27,16 +26,11 @@ from barqtrain_hf.patching.report import PatchReport
 OP = "glu"
 OPS = (OP,)
 _CALLED_MLP = ("mlp", "feedforward", "feed_forward", "ffn")
-# Activations by their names, with our op and what PyTorch would compute.
+# Activations by their names.
 GATED: dict[str, Callable[..., torch.Tensor]] = {
     "silu": swiglu,
     "gelu_tanh": partial(geglu, approximate="tanh"),
     "gelu": partial(geglu, approximate="none"),
-}
-_PYTORCH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "gelu": F.gelu,
 }
 _probed: dict[tuple[Any, ...], _Layout | str] = {}
 
@@ -103,6 +97,13 @@ def unusable(weight: torch.Tensor) -> str | None:
     return "its weights are torch.float64" if weight.dtype is torch.float64 else None
 
 
+def stateful(module: nn.Module) -> str | None:
+    """Why a module cannot be probed once for all like it, or None."""
+    if any(buffer is not None for buffer in module._buffers.values()):
+        return "it has buffers, on which its answer may depend"
+    return None
+
+
 def is_empty(module: nn.Module) -> bool:
     """Whether there is nothing inside: an activation, or a dropout."""
     inside = (module.parameters(), module.buffers(), module.children())
@@ -139,8 +140,11 @@ def _projections(module: nn.Module) -> tuple[list[str], list[str]] | None:
 def _build(
     module: nn.Module, inward: list[str], downward: list[str], report: PatchReport
 ) -> Answer:
-    weight = next(module.parameters())
-    reason = unusable(weight)
+    # What is quantised may have nothing but buffers.
+    weight = next(chain(module.parameters(), module.buffers()), None)
+    if weight is None:
+        return "it has no weights, so its device is not known"
+    reason = unusable(weight) or stateful(module)
     if reason is not None:
         return reason
     down = getattr(module, downward[0])
@@ -149,28 +153,21 @@ def _build(
     key += tuple(
         (n, probe.kind_of(child)) for n, child in module.named_children() if is_empty(child)
     )
-    if key not in _probed:
-        with probe.undisturbed(weight.device) as generator:
-            question = partial(_probe, module, inward, downward, sizes, generator)
-            _probed[key] = probe.ask(question)
-    found = _probed[key]
+    question = partial(_probe, module, inward, downward, sizes)
+    found = probe.recall(_probed, key, question, weight.device)
     if isinstance(found, str):
         return f"{type(module).__name__}: {found}"
     return OP, _new_forward(found, report)
 
 
 def _new_forward(layout: _Layout, report: PatchReport) -> Callable[..., Any]:
-    op, gate_index, down, dtypes = (
-        GATED[layout.activation],
-        layout.gate,
-        layout.down,
-        layout.dtypes,
-    )
-    activation, inward = _PYTORCH[layout.activation], layout.inward
+    inward, gate_index, down, activation, dtypes = layout
+    op = GATED[activation]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or type(args[0]) is not torch.Tensor:
-            report.fall_back(OP, "called with more than the hidden states")
+        unusual = _unusual_call(args, kwargs, dtypes)
+        if unusual is not None:
+            report.fall_back(OP, unusual)
             return type(self).forward(self, *args, **kwargs)
         parts = [getattr(self, name)(args[0]) for name in inward]
         unusual = _unusual(parts, dtypes)
@@ -183,12 +180,28 @@ def _new_forward(layout: _Layout, report: PatchReport) -> Callable[..., Any]:
             del parts  # nothing else may hold them
             return layer(product)
         report.fall_back(OP, unusual)
-        gate, up = parts[0].chunk(2, dim=-1) if len(parts) == 1 else parts
-        if gate_index:
-            gate, up = up, gate
-        return getattr(self, down)(activation(gate) * up)
+        # The stock forward, for which the projections are not run again.
+        with _standing_in(self, dict(zip(inward, parts, strict=True)), {}):
+            return type(self).forward(self, args[0])
 
     return forward
+
+
+def _unusual_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dtypes: frozenset[torch.dtype]
+) -> str | None:
+    """Why a call is left to the stock forward, as far as it shows before the projections are called."""
+    if kwargs:
+        return "called with keyword arguments"
+    if len(args) != 1:
+        return "called with more than the hidden states"
+    x = args[0]
+    if type(x) is not torch.Tensor:
+        return f"called with a {type(x).__name__}"
+    kind, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    return None if dtype in dtypes else f"not probed, or not equal, for {dtype}"
 
 
 def _unusual(parts: Sequence[Any], dtypes: frozenset[torch.dtype]) -> str | None:
@@ -204,20 +217,20 @@ def _unusual(parts: Sequence[Any], dtypes: frozenset[torch.dtype]) -> str | None
 
 
 class _Given(nn.Module):
-    """Stands for a projection: returns a given tensor and remembers what it was called with."""
+    """Stands for a projection: returns what it is given and remembers what it was called with."""
 
-    def __init__(self, name: str, output: torch.Tensor, calls: dict[str, Any]) -> None:
+    def __init__(self, name: str, output: Any, calls: dict[str, Any]) -> None:
         super().__init__()
         self.name, self.calls, self.output = name, calls, output
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls[self.name] = args[0] if len(args) == 1 and not kwargs else None
         return self.output
 
 
 @contextmanager
 def _standing_in(
-    module: nn.Module, outputs: dict[str, torch.Tensor], calls: dict[str, Any]
+    module: nn.Module, outputs: dict[str, Any], calls: dict[str, Any]
 ) -> Iterator[None]:
     """The projections return ``outputs`` while the context lasts; their inputs go into ``calls``."""
     stock = {name: module._modules[name] for name in outputs}
@@ -256,12 +269,15 @@ def _probe(
     def ours(*parts: torch.Tensor) -> torch.Tensor:
         return GATED[layout.activation](*parts[order])
 
-    def stock(*parts: torch.Tensor) -> torch.Tensor:
+    def stock(mode: bool, *parts: torch.Tensor) -> torch.Tensor:
         given = dict(zip(layout.inward, parts, strict=True))
-        return _stock(module, given, layout.down, sizes[1], generator)[0]
+        return _stock(module, given, layout.down, sizes[1], generator, mode)[0]
 
-    dtypes = probe.accurate_dtypes(ours, stock, shapes, generator)
-    return layout._replace(dtypes=dtypes)
+    in_training, in_evaluation = (
+        probe.accurate_dtypes(ours, partial(stock, mode), shapes, generator)
+        for mode in (True, False)
+    )
+    return layout._replace(dtypes=in_training & in_evaluation)
 
 
 def _layout(
@@ -296,6 +312,7 @@ def _stock(
     down: str,
     width: int,
     generator: torch.Generator,
+    mode: bool = True,
 ) -> tuple[torch.Tensor, list[str]]:
     """What the stock forward hands to ``down``, and the order in which it calls the others."""
     part = next(iter(parts.values()))
@@ -303,7 +320,7 @@ def _stock(
         probe.draw((*part.shape[:-1], width), part.dtype, generator).detach() for _ in range(2)
     )
     calls: dict[str, Any] = {}
-    with _standing_in(module, {**parts, down: answer}, calls), probe.training(module):
+    with _standing_in(module, {**parts, down: answer}, calls), probe.training(module, mode):
         result = type(module).forward(module, x)
     if calls.keys() != {*parts, down} or any(calls[name] is not x for name in parts):
         raise probe.Mismatch("its projections are not all called with its input, and only that")

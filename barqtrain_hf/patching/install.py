@@ -11,7 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from barqtrain_hf.config import BarqConfig
-from barqtrain_hf.patching import activations, experts, glu, head, norms, rope
+from barqtrain_hf.patching import activations, experts, glu, head, norms, probe, rope
 from barqtrain_hf.patching.candidate import Candidate
 from barqtrain_hf.patching.report import PatchReport
 from barqtrain_hf.runtime import cuda_unavailable_reason
@@ -107,6 +107,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _bind_leaves(base: nn.Module, ops: set[str], patches: _Patches) -> None:
     """Binds ``ops``, none of which is in the model, wherever they match."""
     patches.leaf_ops |= ops
+    probe.forget_failures()
     for op in ops:
         patches.report.forget(op)
     for kind in _KINDS:
@@ -134,7 +135,9 @@ def _answer(base: nn.Module, candidate: Candidate, report: PatchReport) -> tuple
             "the model was loaded with use_kernels=True, which rebinds forwards itself",
         )
     if candidate.attribute in candidate.module.__dict__:
-        by = "by accelerate, Liger or another package"
+        found = candidate.module.__dict__[candidate.attribute]
+        ours = str(getattr(found, "__module__", "")).startswith(f"{__package__}.")
+        by = "with another model" if ours else "by accelerate, Liger or another package"
         return candidate.op, f"its {candidate.attribute} is already patched ({by})"
     answer = candidate.build(report)
     return (candidate.op, answer) if isinstance(answer, str) else answer

@@ -90,8 +90,8 @@ def _build(module: nn.Module, report: PatchReport) -> Answer:
     autocast_modes: _Modes = {}
     if not isinstance(under_autocast, str) and under_autocast[0] == op:
         autocast_modes = under_autocast[1]
-    # On a GPU, where the model may be moved yet, autocast makes a difference to F.layer_norm.
-    sensitive = op == "layer_norm" or modes != autocast_modes
+    # On a GPU, where the model may be moved yet, autocast makes a difference to F.layer_norm and F.rms_norm.
+    sensitive = op == "layer_norm" or modes != autocast_modes or device != "cuda"
     calls, autocast_calls = (
         {dtypes: partial(_FUNCTIONS[op], **dict(options)) for dtypes, options in found.items()}
         for found in (modes, autocast_modes)
@@ -121,7 +121,7 @@ def _new_forward(
                     kind = x.device.type
                     if torch.is_autocast_enabled(kind):
                         mode = autocast_calls if kind == device else {}
-                call = mode.get((x.dtype, weight.dtype))
+                call = mode.get((x.dtype, weight.dtype)) if x.shape[-1:] == weight.shape else None
                 if call is not None and has_bias:
                     return call(x, weight, self.bias, getattr(self, epsilon))
                 if call is not None:
@@ -133,13 +133,17 @@ def _new_forward(
 
 
 def _unusual_call(args: tuple[Any, ...], kwargs: dict[str, Any], weight: Any) -> str:
-    if kwargs or len(args) != 1:
+    if kwargs:
+        return "called with keyword arguments"
+    if len(args) != 1:
         return "called with more than the hidden states"
     x = args[0]
     if type(x) is not torch.Tensor or type(weight) not in _PLAIN_WEIGHTS:
         return f"called with {type(x).__name__} and a weight that is a {type(weight).__name__}"
     if x.device != weight.device:
         return "input and weight are on different devices"
+    if x.shape[-1:] != weight.shape:
+        return "input and weight differ in size"
     return f"not probed, or not equal, for {x.dtype} and a weight in {weight.dtype}"
 
 
@@ -182,10 +186,9 @@ def _cached_probe(
     assert isinstance(weight, torch.Tensor)
     dtypes = (dtype, weight_dtype, autocast)
     key = (probe.kind_of(module), _has_bias(module), weight.shape, weight.device, *dtypes)
-    if key not in _probed:
-        with probe.undisturbed(weight.device) as generator:
-            _probed[key] = _probe(module, generator, *dtypes)
-    return _probed[key]
+    return probe.recall(
+        _probed, key, lambda generator: _probe(module, generator, *dtypes), weight.device
+    )
 
 
 def _probe(
@@ -195,15 +198,17 @@ def _probe(
     weight_dtype: torch.dtype,
     autocast: bool,
 ) -> _Norm | str:
-    """Which norm the module is in these dtypes, or why it is none of ours."""
+    """Which norm the module is in these dtypes, or why it is none of ours; raises what its forward raises."""
     stock_parameters = dict(module._parameters)
     device, size = generator.device, len(module.weight)  # type: ignore[arg-type]
-    shape = (max(3, probe.ELEMENTS // size), size)
+    # Three dimensions, of which no other is as long as the last: GroupNorm(1, size) norms others too.
+    rows = max(3, probe.ELEMENTS // (2 * size))
+    shape = (2, rows + (rows == size), size)
     # A mean that is not zero tells the two kinds apart.
     x = 0.5 + torch.randn(shape, generator=generator, device=device)
     epsilon = getattr(module, str(_epsilon_name(module)))
     if epsilon > 0:
-        x[::2] *= epsilon**0.5  # rows so small that epsilon, and where it is added, shows
+        x[:, ::2] *= epsilon**0.5  # rows so small that epsilon, and where it is added, shows
     x = x.to(dtype).requires_grad_()
     parameters = [
         nn.Parameter(torch.randn(size, generator=generator, device=device).to(weight_dtype))
@@ -220,8 +225,6 @@ def _probe(
             return "its forward does not return one tensor of the input's shape"
         upstream = torch.randn(shape, generator=generator, device=device).to(stock.dtype)
         stock_grads = torch.autograd.grad(stock, inputs, upstream)
-    except Exception as error:  # whatever a foreign forward raises, the op is not for it
-        return f"its stock forward fails on the probe: {type(error).__name__}: {error}"
     finally:
         module._parameters.update(stock_parameters)
     coarsest = dtype if dtype is not torch.float32 else weight_dtype
@@ -246,8 +249,8 @@ def _probe(
                 reason = reason or probe.close(chosen, stock, coarsest)
                 if reason is None and chosen.dtype is not stock.dtype:
                     reason = f"gives {stock.dtype}, not {chosen.dtype}"
-        except (BarqError, RuntimeError) as error:  # a dtype without kernel, a failed compilation
-            return f"the op fails on the probe: {error}"
+        except RuntimeError as error:
+            raise BarqError(str(error)) from error
         if reason is None:
             gradients = [f"gradient of {name}" for name in ("x", *names)]
             for found in (grads, chosen_grads):

@@ -35,6 +35,8 @@ _MAX_ERROR_RATIO = 1.25
 # Rounding in fp32. Below it errors are not compared: a stock function that works in fp32 inside gives an
 # oracle which is no better than that.
 _FP32_ROUNDING = 1e-6
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def same_rounding(ours: torch.Tensor, stock: torch.Tensor, dtype: torch.dtype) -> str | None:
@@ -102,16 +104,16 @@ def first_inaccuracy(
 
 
 @contextmanager
-def training(module: nn.Module) -> Iterator[None]:
+def training(module: nn.Module, mode: bool = True) -> Iterator[None]:
     """The module in training mode while the context lasts: in evaluation a dropout would not show."""
     before = {inner: inner.training for inner in module.modules()}
     try:
         for inner in before:
-            inner.training = True
+            inner.training = mode
         yield
     finally:
-        for inner, mode in before.items():
-            inner.training = mode
+        for inner, was in before.items():
+            inner.training = was
 
 
 class Mismatch(Exception):
@@ -119,15 +121,57 @@ class Mismatch(Exception):
 
 
 def ask(question: Callable[[], T]) -> T | str:
-    """The answer of a probe, or why there is none."""
+    """The answer of a part of a probe, or why there is none. Want of memory ends the whole probe."""
     try:
         return question()
     except Mismatch as mismatch:
         return str(mismatch)
-    except BarqError as error:  # a dtype without kernel, a failed compilation
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        return _failure(error)
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, BarqError):  # a dtype without kernel, a failed compilation
         return f"the op fails on the probe: {error}"
-    except Exception as error:  # whatever foreign code raises, the op is not for it
-        return f"its stock code fails on the probe: {type(error).__name__}: {error}"
+    # Whatever foreign code raises, the op is not for it.
+    return f"its stock code fails on the probe: {type(error).__name__}: {error}"
+
+
+# By cache and key; see `recall`.
+_failures: dict[tuple[int, Any], str] = {}
+
+
+def recall(
+    answers: dict[Any, T | str],
+    key: Any,
+    question: Callable[[torch.Generator], T | str],
+    device: torch.device,
+) -> T | str:
+    """The answer of a probe on a device, or why there is none; found once and kept in ``answers``.
+
+    That a probe failed is kept until `forget_failures` only: memory may be free the next time.
+    """
+    if key in answers:
+        return answers[key]
+    failed = (id(answers), key)
+    if failed not in _failures:
+        try:
+            with undisturbed(device) as generator:
+                answers[key] = question(generator)
+            return answers[key]
+        except Mismatch as mismatch:
+            answers[key] = str(mismatch)
+            return answers[key]
+        except Exception as error:
+            _failures[failed] = _failure(error)
+    return _failures[failed]
+
+
+def forget_failures() -> None:
+    """Called whenever a model is patched."""
+    _failures.clear()
 
 
 def draw(
@@ -184,22 +228,44 @@ def accurate_dtypes(
 
 
 def kind_of(module: nn.Module) -> tuple[Any, ...]:
-    """What instances of one class may differ by: every plain attribute and function is part of the key."""
-    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
-    plain.pop("training", None)
-    called = {k: _identity(v) for k, v in vars(module).items() if callable(v)}
-    return (type(module), *sorted(plain.items()), *sorted(called.items(), key=lambda item: item[0]))
+    """What instances of one class may differ by: all their attributes are part of the key."""
+    own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    return (type(module), *((name, _value(own[name], module)) for name in sorted(own)))
 
 
-def _identity(function: Any) -> Any:
-    """Equal for the same function only; keeps nothing alive."""
-    if isinstance(function, partial):
-        return _identity(function.func), repr(function.args), repr(function.keywords)
-    if isinstance(function, types.MethodType):
-        return _identity(function.__func__)
-    if isinstance(function, (types.FunctionType, types.BuiltinFunctionType)):
-        return weakref.ref(function)
-    return object()  # equal to nothing
+def _value(value: Any, module: nn.Module) -> Any:
+    """Plain values compare as such, functions and objects by identity. Keeps nothing alive."""
+    if value is None or isinstance(value, _PLAIN):
+        return type(value), value
+    if isinstance(value, (tuple, list)):
+        return type(value), *(_value(item, module) for item in value)
+    if isinstance(value, dict):
+        return dict, *((repr(name), _value(item, module)) for name, item in value.items())
+    if isinstance(value, partial):
+        return partial, *(_value(v, module) for v in (value.func, value.args, value.keywords))
+    if isinstance(value, types.MethodType):
+        owner = None if value.__self__ is module else _Same(value.__self__)
+        return _Same(value.__func__), owner
+    return _Same(value)
+
+
+class _Same:
+    """Equal for the same living object only."""
+
+    def __init__(self, value: Any) -> None:
+        self.address = id(value)
+        try:
+            self.get: Callable[[], Any] = weakref.ref(value)
+        except TypeError:  # it cannot be held weakly
+            self.get = lambda: None
+
+    def __hash__(self) -> int:
+        return self.address
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, _Same) and self.get() is not None and self.get() is other.get()
 
 
 @contextmanager

@@ -7,8 +7,9 @@ just before the layer needs the tensor, and gives the same bits.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,18 +56,27 @@ def call_without_saving(
 class _Recipe:
     """How to get a saved tensor back."""
 
-    __slots__ = ("dtype", "inputs", "op", "size", "stride")
+    __slots__ = ("dtype", "inputs", "op", "size", "stride", "versions")
 
     def __init__(self, pack: _Pack, saved: torch.Tensor) -> None:
-        self.op, self.inputs = pack.op, pack.inputs
+        self.op, self.inputs, self.versions = pack.op, pack.inputs, pack.versions
         self.dtype, self.size, self.stride = saved.dtype, saved.size(), saved.stride()
 
     def run(self) -> torch.Tensor:
+        for tensor, version in zip(self.inputs, self.versions, strict=True):
+            _check_version(tensor, version)
         with torch.no_grad():
             tensor = self.op(*self.inputs).to(self.dtype)
             if tensor.size() != self.size or tensor.stride() != self.stride:
                 tensor = tensor.as_strided(self.size, self.stride)
             return tensor
+
+
+class _Kept(NamedTuple):
+    """A saved tensor with its version, which autograd does not check where there are hooks."""
+
+    tensor: torch.Tensor
+    version: int
 
 
 class _Pack:
@@ -80,22 +90,25 @@ class _Pack:
     ) -> None:
         # Without their history: a saved tensor must not keep a part of the graph alive.
         self.op, self.inputs = op, tuple(tensor.detach() for tensor in inputs)
+        self.versions = tuple(tensor._version for tensor in inputs)
+        self.product = weakref.ref(product)
         self.address, self.version = product.data_ptr(), product._version
-        self.dtype, self.numel = product.dtype, product.numel()
+        self.dtype, self.numel, self.device = product.dtype, product.numel(), product.device
         self.node = _behind_views(product.grad_fn)
 
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor | _Recipe:
+    def __call__(self, tensor: torch.Tensor) -> _Kept | _Recipe:
         plain = type(tensor) in _PLAIN and tensor.layout is torch.strided
         if plain and (self._is_product(tensor) or self._is_cast(tensor)):
             return _Recipe(self, tensor)
         # A leaf as it is: under ZeRO-3 its data comes and goes. Of others only the data: a layer that
         # saves its output would hold itself alive.
-        return tensor if tensor.grad_fn is None else tensor.detach()
+        return _Kept(tensor if tensor.grad_fn is None else tensor.detach(), tensor._version)
 
     def _is_product(self, tensor: torch.Tensor) -> bool:
         """The product or a view of all of it, which nothing has written to since."""
         return (
             tensor.data_ptr() == self.address
+            and tensor.device == self.device
             and tensor.dtype is self.dtype
             and tensor.numel() == self.numel
             and tensor._version == self.version
@@ -103,8 +116,13 @@ class _Pack:
 
     def _is_cast(self, tensor: torch.Tensor) -> bool:
         """The product in another dtype: LoRA casts its input to its weights' dtype, and autocast may cast
-        that back. Only where a single cast gives the same bits.
+        that back. Only where a single cast of the product as it was made gives the same bits.
         """
+        product = self.product()
+        if product is None or product._version != self.version or not product.is_contiguous():
+            return False
+        if tensor.device != self.device:
+            return False
         if tensor._version or tensor.numel() != self.numel or not tensor.is_contiguous():
             return False
         node = _behind_views(tensor.grad_fn)
@@ -129,5 +147,18 @@ def _behind_views(node: Any) -> Any:
     return node
 
 
-def _unpack(saved: torch.Tensor | _Recipe) -> torch.Tensor:
-    return saved.run() if type(saved) is _Recipe else saved  # type: ignore[return-value]
+def _unpack(saved: _Kept | _Recipe) -> torch.Tensor:
+    if type(saved) is _Recipe:
+        return saved.run()
+    _check_version(*saved)  # type: ignore[misc]
+    return saved[0]  # type: ignore[index]
+
+
+def _check_version(tensor: torch.Tensor, version: int) -> None:
+    """As autograd does for what it saves itself."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; "
+            f"expected version {version} instead."
+        )

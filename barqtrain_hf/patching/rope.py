@@ -108,10 +108,7 @@ def _build(
     if forward not in copies:
         original = forward.__globals__[_NAME]
         key = (weakref.ref(original), weight.device)
-        if key not in _probed:
-            with probe.undisturbed(weight.device) as generator:
-                _probed[key] = probe.ask(partial(_probe, original, generator))
-        found = _probed[key]
+        found = probe.recall(_probed, key, partial(_probe, original), weight.device)
         if isinstance(found, str):
             return f"{original.__module__}.{_NAME} is another rotation: {found}"
         copies[forward] = _with_global(forward, _replacement(original, found, report))

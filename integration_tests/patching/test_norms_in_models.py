@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import counts
+from models import counts, tiny_model
 from torch import nn
 
 from barqtrain_hf import patch_model, unpatch_model
-from barqtrain_hf.patching import norms, probe
+from barqtrain_hf.patching import glu, norms, probe, rope
 
 
 def reference(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -221,6 +221,7 @@ def test_what_only_looks_like_a_norm_is_named() -> None:
             "heads": nn.LayerNorm((2, 8)),
             "batch": nn.BatchNorm1d(16),
             "groups": nn.GroupNorm(4, 16),
+            "one group": nn.GroupNorm(1, 16),
             "good": nn.LayerNorm(16),
         }
     )
@@ -231,7 +232,9 @@ def test_what_only_looks_like_a_norm_is_named() -> None:
     assert reasons["unit"] == reasons["plain"] == "it has no weight"
     assert reasons["heads"] == "its weight has more than one dimension"
     assert "buffers" in reasons["batch"]
-    assert "another kind of norm" in reasons["groups"]
+    # To three dimensions, of which the second counts the groups' channels.
+    assert reasons["groups"] == reasons["one group"]
+    assert "fails on the probe: RuntimeError" in reasons["groups"]
     assert torch.equal(model["batch"].running_mean, before)
     assert {op for op, _ in report.skipped} == {"rms_norm", "layer_norm"}
 
@@ -239,11 +242,12 @@ def test_what_only_looks_like_a_norm_is_named() -> None:
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda norm, x: norm(x=x), "more than the hidden states"),
+        (lambda norm, x: norm(x=x), "called with keyword arguments"),
+        (lambda norm, x: norm(x[:, :1]), "input and weight differ in size"),
         (lambda norm, x: norm(x.double()), "torch.float64"),
         (lambda norm, x: norm(nn.Parameter(x)), "called with Parameter"),
     ],
-    ids=["by keyword", "fp64", "a parameter"],
+    ids=["by keyword", "of another size", "fp64", "a parameter"],
 )
 def test_unusual_calls(call: Any, why: str) -> None:
     class Norm(Scaled):
@@ -309,3 +313,41 @@ def test_guard_reads_the_epsilon_at_each_call() -> None:
     patch_model(norm)
     norm.eps = 0.5
     torch.testing.assert_close(norm(x), type(norm).forward(norm, x))
+
+
+def test_a_norm_probed_on_a_cpu_falls_back_under_autocast_of_cuda() -> None:
+    """F.rms_norm returns fp32 there, which a CPU does not show."""
+    norm = nn.RMSNorm(16, eps=1e-6).bfloat16()
+    patch_model(norm)
+    forward = norm.__dict__["forward"].__func__
+    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+    assert cells["device"].cell_contents == "cpu"
+    assert cells["autocast_calls"].cell_contents is not None
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True)])
+def test_with_and_without_bias_are_told_apart(order: tuple[bool, bool]) -> None:
+    x = torch.randn(4, 19)
+    for bias in order:
+        norm = nn.LayerNorm(19, bias=bias)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
+        stock = norm(x)
+        patch_model(norm)
+        torch.testing.assert_close(norm(x), stock)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, MemoryError])
+def test_a_failure_is_forgotten(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error("out of memory")
+
+    model = tiny_model("llama")
+    for kind in (norms, glu, rope):
+        monkeypatch.setattr(kind, "_probed", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", fail)
+        report = patch_model(model, {"linear_cross_entropy": False})
+        assert not report.installed and "fails on the probe" in str(report)
+    report = patch_model(tiny_model("llama"), {"linear_cross_entropy": False})
+    assert set(report.installed) == {"rms_norm", "glu", "rope"}, str(report)

@@ -286,3 +286,49 @@ def test_torch_compile_sees_no_hooks(family: str) -> None:
     for mine, theirs in zip(found, expected.gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert not report.fallbacks
+
+
+@pytest.mark.parametrize("what", ["weight", "gate"])
+def test_a_tensor_written_to_before_the_backward_pass(what: str, products: Products) -> None:
+    mlp = patched(products)
+    gates: list[torch.Tensor] = []
+    mlp.gate_proj.register_forward_hook(lambda module, args, output: gates.append(output))
+    y = mlp(torch.randn(4, 32))
+    with torch.no_grad():
+        (mlp.down_proj.weight if what == "weight" else gates[0].detach()).add_(1.0)
+    wanted = mlp.up_proj.weight if what == "weight" else mlp.down_proj.weight
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*expected version"):
+        torch.autograd.grad(y.sum(), wanted)
+
+
+class Pair(nn.Module):
+    """Saves a cast of the product."""
+
+    def __init__(self, before: Any = None, device: str = "cpu") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 8, device=device, dtype=torch.bfloat16))
+        self.before = before
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.before:
+            self.before(x)
+        return x.to(self.weight) @ self.weight
+
+
+@pytest.mark.parametrize("case", ["plain", "another device", "written to", "transposed"])
+def test_which_casts_are_recomputed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    stock = recompute._Recipe
+
+    def counted(*args: Any) -> Any:
+        made.append(stock(*args))
+        return made[-1]
+
+    monkeypatch.setattr(recompute, "_Recipe", counted)
+    gate, up = (torch.randn(8, 8).requires_grad_() for _ in range(2))
+    op: Any = (lambda *parts: swiglu(*parts).t()) if case == "transposed" else swiglu
+    layer = Pair(device="meta" if case == "another device" else "cpu")
+    if case == "written to":
+        layer.before = lambda x: x.detach().add_(1.0)
+    recompute.call_without_saving(layer, op(gate, up), op, [gate, up])
+    assert len(made) == (case == "plain")

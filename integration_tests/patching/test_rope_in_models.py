@@ -158,6 +158,10 @@ def shapes(**changes: Any) -> dict[str, Any]:
             None,
         ),
         (shapes(cos=torch.randn(1, 1, 8), sin=torch.randn(1, 1, 8)), "not of these tokens"),
+        (
+            shapes(q=torch.randn(1, 4, 5, 8), k=torch.randn(1, 2, 5, 8)),
+            "not of these tokens",  # two rows of cos turn one of q
+        ),
         (shapes(cos=torch.randn(5, 8), sin=torch.randn(5, 8), unsqueeze_dim=0), "arguments"),
         (shapes(q=torch.randn(1, 2, 4, 5, 8), k=torch.randn(1, 2, 2, 5, 8)), "dimensions"),
         (shapes(cos=torch.randn(2, 5, 8, requires_grad=True)), "gradient"),
@@ -270,3 +274,24 @@ def test_a_patched_model_is_freed() -> None:
     del model
     gc.collect()
     assert alive() is None and report() is None
+
+
+class Base(Attention):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x
+
+
+class KeywordsAndSuper(Base):
+    def forward(self, x: torch.Tensor, *, scale: float = 3.0) -> torch.Tensor:
+        x = super().forward(x)  # a closure
+        cos = torch.ones_like(x[:, 0])
+        return scale * apply_rotary_pos_emb(x, x, cos, cos)[0]
+
+
+def test_defaults_of_keywords_and_closures_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), rope._NAME, stock_function())
+    attention, x = KeywordsAndSuper(), torch.randn(2, 3, 5, 8)
+    stock = attention(x)
+    report = patch_model(attention, {"linear_cross_entropy": False})
+    assert report.installed == {"rope": [""]}, str(report)
+    torch.testing.assert_close(attention(x), stock)
