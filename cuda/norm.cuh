@@ -24,8 +24,8 @@
 // in registers until the block adds up its groups and writes one row of `partial`; column_sum adds those in
 // a fixed order. No atomics: results repeat bit for bit.
 #pragma once
+#include "keep.cuh"
 #include "reduce.cuh"
-#include "vector.cuh"
 
 constexpr int kMaxThreads = 512;  // leaves 128 registers to each
 // The common backward pass needs 96: it has room for two rows of 5120 elements.
@@ -42,6 +42,9 @@ __device__ __forceinline__ float centre(float v, float mean, float r) {
 // The threads that share a row.
 struct Group {
   int index, lane, width;
+  // Of a block (width, groups): no division before the first load.
+  __device__ Group() : index(threadIdx.y), lane(threadIdx.x), width(blockDim.x) {}
+  // Of a block (groups * width).
   __device__ explicit Group(int width) : width(width) {
     index = threadIdx.x / width;
     lane = threadIdx.x - index * width;

@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(kMaxBackward<LAYER, RESIDUAL, ITEMS>, 1)
       for (int k = 0; k < kHeld; ++k) {
         const int i = group.lane + k * width;
         if (i < vectors) {
-          all.h[k].load(h + row * dim, i);
-          all.dy[k].load(dy + row * dim, i);
-          if constexpr (RESIDUAL) all.dh[k].load(dh + row * dim, i);
+          load_kept(all.h[k], h + row * dim, i);
+          load_kept(all.dy[k], dy + row * dim, i);
+          if constexpr (RESIDUAL) load_kept(all.dh[k], dh + row * dim, i);
         }
       }
     }

@@ -5,11 +5,14 @@
 //
 // <LAYER, RESIDUAL, T of x, h and dx, W of w and dw, O of y and dy, VEC, ITEMS>
 // instantiate: norm_forward<false,{false,true},float,float,float,{4,1},0>
-// instantiate: norm_forward<false,{false,true},float,float,float,4,{1,2,4}>
+// instantiate: norm_forward<false,false,float,float,float,4,{1,2,4}>
+// instantiate: norm_forward<false,true,float,float,float,4,{1,4}>
 // instantiate: norm_forward<false,{false,true},__half,__half,__half,{8,1},0>
-// instantiate: norm_forward<false,{false,true},__half,__half,__half,8,{1,2,4}>
+// instantiate: norm_forward<false,false,__half,__half,__half,8,{1,2,4}>
+// instantiate: norm_forward<false,true,__half,__half,__half,8,{1,4}>
 // instantiate: norm_forward<false,{false,true},__nv_bfloat16,__nv_bfloat16,__nv_bfloat16,{8,1},0>
-// instantiate: norm_forward<false,{false,true},__nv_bfloat16,__nv_bfloat16,__nv_bfloat16,8,{1,2,4}>
+// instantiate: norm_forward<false,false,__nv_bfloat16,__nv_bfloat16,__nv_bfloat16,8,{1,2,4}>
+// instantiate: norm_forward<false,true,__nv_bfloat16,__nv_bfloat16,__nv_bfloat16,8,{1,4}>
 // instantiate: norm_forward<false,false,__half,float,{float,__half},{8,1},0>
 // instantiate: norm_forward<false,false,__half,float,{float,__half},8,{1,2}>
 // instantiate: norm_forward<false,false,__nv_bfloat16,float,{float,__nv_bfloat16},{8,1},0>

@@ -22,7 +22,7 @@
 // instantiate: rope<{__half,__nv_bfloat16},float,float,1,false,false>
 // instantiate: rope<float,float,{__half,__nv_bfloat16},8,{false,true},true>
 // instantiate: rope<float,float,{__half,__nv_bfloat16},1,false,true>
-#include "vector.cuh"
+#include "keep.cuh"
 
 constexpr int kThreads = 512;
 constexpr int kUnroll = 2;  // more would leave registers for fewer threads
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I, C, O>)
   if (at >= length) return;
   q += batch * q_batch + at * q_token;
   k += batch * k_batch + at * k_token;
-  q_out += batch * qo_batch + at * qo_token;
-  k_out += batch * ko_batch + at * ko_token;
+  // k's heads come after q's: one index for both.
+  k -= q_heads * k_head;
 
   // Where the two vectors of this unit start in a head.
   const bool turns = unit < pairs;
@@ -74,25 +74,28 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I, C, O>)
     first = (apart ? unit : 2 * unit) * VEC;
     second = apart ? first + rotary / 2 : first + VEC;
   }
+
+  // All loads before the first use, those that come from memory first.
+  Held<I, VEC> a[kUnroll], b[kUnroll];
+#pragma unroll
+  for (int j = 0; j < kUnroll; ++j) {
+    const int head = min(lane + j * lanes, heads - 1);  // past the last: loaded, not stored
+    const bool of_q = head < q_heads;
+    const I* from = (of_q ? q : k) + head * (of_q ? q_head : k_head);
+    load_kept(a[j], from + first, 0);
+    load_kept(b[j], from + second, 0);
+  }
   Held<C, VEC> cosines[2], sines[2];
   if (turns) {
     long long angles = (shared_rows ? 0 : batch * length) + at;
     if (positions != nullptr) angles = positions[angles];
     cos += angles * rotary;
     sin += angles * rotary;
-    cosines[0].load(cos + first, 0), cosines[1].load(cos + second, 0);
-    sines[0].load(sin + first, 0), sines[1].load(sin + second, 0);
+    load_kept(cosines[0], cos + first, 0), load_kept(cosines[1], cos + second, 0);
+    load_kept(sines[0], sin + first, 0), load_kept(sines[1], sin + second, 0);
   }
-
-  // All loads before the first use.
-  Held<I, VEC> a[kUnroll], b[kUnroll];
-#pragma unroll
-  for (int j = 0; j < kUnroll; ++j) {
-    const int head = min(lane + j * lanes, heads - 1);  // past the last: loaded, not stored
-    const I* from = head < q_heads ? q + head * q_head : k + (head - q_heads) * k_head;
-    a[j].load(from + first, 0);
-    b[j].load(from + second, 0);
-  }
+  q_out += batch * qo_batch + at * qo_token;
+  k_out += batch * ko_batch + at * ko_token - q_heads * ko_head;
 #pragma unroll
   for (int j = 0; j < kUnroll; ++j) {
     const int head = lane + j * lanes;
@@ -119,7 +122,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<I, C, O>)
           turn<BACKWARD>(x[0][e], x[1][e], c[0][e], c[1][e], s[0][e], s[1][e]);
       }
     }
-    O* to = head < q_heads ? q_out + head * qo_head : k_out + (head - q_heads) * ko_head;
+    const bool of_q = head < q_heads;
+    O* to = (of_q ? q_out : k_out) + head * (of_q ? qo_head : ko_head);
     Held<O, VEC> out;
     out.pack(x[0]);
     out.store(to + first, 0);

@@ -3,7 +3,8 @@
 Each implementation is timed twice. "Device" time is that of the kernels alone, forward or backward, replayed
 from a CUDA graph captured through autograd: every rival is compared without its host's work. "Through
 autograd" is one eager call between two events, which on small shapes waits for the host. Several sets of
-inputs take turns, together larger than the cache. TB/s count the bytes that cannot be avoided, in bf16.
+inputs take turns, together larger than the cache. Rivals are timed in rounds. TB/s count the bytes that
+cannot be avoided, in bf16.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors, reason
+from barqtrain_hf.benchmarks.elementwise_rounds import in_rounds
 from barqtrain_hf.benchmarks.harness import (
     Report,
     Timing,
@@ -35,8 +37,8 @@ FORWARD_BAR, BACKWARD_BAR, ERROR_BAR = 0.9, 0.8, 1.01
 
 # Sets of inputs that take turns.
 _SETS = 4
-# Of device time in one graph, and replays of it.
-_MILLISECONDS, _REPLAYS = 4.0, 20
+# Of device time in one graph; replays of it and eager calls in a round; rounds of both kinds.
+_MILLISECONDS, _REPLAYS, _EAGER, _ROUNDS, _HOST_ROUNDS = 4.0, 8, 16, 3, 15
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A rival that is further from stock than this computes something else: its call would be wrong.
 _TOLERANCE = 0.05
@@ -103,20 +105,22 @@ def _measure_case(report: Report, op: Op, case: Case, copy: Timing) -> None:
     with torch.cuda.stream(capture_stream()):
         sets = [case.make(torch.bfloat16, "cuda") for _ in range(_SETS)]
         expected = _results(op.implementations[op.stock], sets[0])
-        for name, implementation in op.implementations.items():
-            try:
+
+        def measure(name: str, first: bool) -> dict[str, Any]:
+            implementation = op.implementations[name]
+            if first:
                 _check(_results(implementation, sets[0]), expected)
-                row = _measure(implementation, sets)
-            except Exception as error:
-                # A kernel that does not build, a limit of its own, no memory: the row says so.
-                row = {"unavailable": reason(error)}
-            else:
-                for direction in ("forward", "backward"):
-                    size = getattr(case, f"{direction}_bytes")
-                    tb_s = size / 1e9 / row[f"{direction}_ms"].median
-                    row[f"{direction}_tb_s"] = tb_s
-                    row[f"{direction}_share_of_copy"] = tb_s / copy.median
-            _add(report, **columns, implementation=name, **row)
+            return _measure(implementation, sets)
+
+        rows = in_rounds(op.implementations, measure, _ROUNDS)
+    for name, row in rows.items():
+        if "unavailable" not in row:
+            for direction in ("forward", "backward"):
+                size = getattr(case, f"{direction}_bytes")
+                tb_s = size / 1e9 / row[f"{direction}_ms"].median
+                row[f"{direction}_tb_s"] = tb_s
+                row[f"{direction}_share_of_copy"] = tb_s / copy.median
+        _add(report, **columns, implementation=name, **row)
     for name, why in op.missing.items():
         _add(report, **columns, implementation=name, unavailable=why)
 
@@ -156,7 +160,7 @@ def _measure(implementation: Implementation, originals: Sequence[Tensors]) -> di
 def _both_times(
     direction: str, call: Callable[[], Any], before: Callable[[], None], calls: int | None
 ) -> dict[str, Any]:
-    eager = time_gpu(call, repeats=40, warm_up=4, before=before)
+    eager = time_gpu(call, repeats=_EAGER, warm_up=4, before=before)
     if calls is None:
         calls = _SETS * min(max(round(_MILLISECONDS / eager.median / _SETS), 1), 10)
     row: dict[str, Any] = {}
@@ -176,19 +180,26 @@ def _measure_host(report: Report, op: Op, case: Case, chosen: Implementation | N
     if chosen is not None:
         implementations = {OURS: chosen, OURS_KERNEL: op.implementations[OURS], **implementations}
         implementations[OURS] = chosen
-    for name, implementation in implementations.items():
-        inputs = implementation.prepare(_copies(case.make(torch.bfloat16, "cuda")))
-        wanted = _trained(inputs)
-        try:
-            row = _host_times(implementation, inputs, wanted)
-        except Exception as error:  # as in _measure_case
-            row = {"unavailable": reason(error)}
+    originals = case.make(torch.bfloat16, "cuda")
+
+    def measure(name: str, first: bool) -> dict[str, Any]:
+        inputs = implementations[name].prepare(_copies(originals))
+        warm_up = 500 if first else 100
+        return _host_times(implementations[name], inputs, _trained(inputs), 3, warm_up)
+
+    for name, row in in_rounds(implementations, measure, _HOST_ROUNDS).items():
         _add(report, **columns, implementation=name, **row)
     for name, why in op.missing.items():
         _add(report, **columns, implementation=name, unavailable=why)
 
 
-def _host_times(implementation: Implementation, inputs: Tensors, wanted: Tensors) -> dict[str, Any]:
+def _host_times(
+    implementation: Implementation,
+    inputs: Tensors,
+    wanted: Tensors,
+    repeats: int = 7,
+    warm_up: int = 500,  # until clocks and caches of the host are as they stay
+) -> dict[str, Any]:
     upstream = tuple(map(torch.randn_like, _tuple(implementation.call(*inputs))))
 
     def forward() -> None:
@@ -205,9 +216,9 @@ def _host_times(implementation: Implementation, inputs: Tensors, wanted: Tensors
 
     row = {}
     for name, call in (("forward", forward), ("grad", gradients), ("step", backward)):
-        for _ in range(500):  # until clocks and caches of the host are as they stay
+        for _ in range(warm_up):
             call()
-        row[f"{name}_us"] = time_host(call, calls=200, repeats=7)
+        row[f"{name}_us"] = time_host(call, calls=200, repeats=repeats)
     for tensor in wanted:
         tensor.grad = None
     return row

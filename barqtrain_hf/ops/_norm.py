@@ -21,7 +21,7 @@ def small(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and dtype is weight.dtype
         and weight.dim() == 1
         and dtype in CUDA_NAMES
-        and not torch.is_autocast_enabled("cuda")  # there PyTorch's norms return fp32
+        and not torch.is_autocast_enabled()  # there PyTorch's norms return fp32
         and not torch.compiler.is_compiling()
     )
 

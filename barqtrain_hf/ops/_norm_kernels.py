@@ -66,10 +66,8 @@ def forward(
     if rows:
         aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16
         kernel, layout = _forward_kernel(norm, residual is not None, dim, aligned)
-        threads = layout.groups * layout.width
-        grid, block = (-(-rows // layout.groups), 1, 1), (threads, 1, 1)
-        scalars = (rows, dim, layout.width, eps, norm.rounding)
-        kernel.launch(x.get_device(), grid, block, *addresses, *scalars)
+        grid, block = (-(-rows // layout.groups), 1, 1), (layout.width, layout.groups, 1)
+        kernel.launch(x.get_device(), grid, block, *addresses, rows, dim, eps, norm.rounding)
     return y, h, stats
 
 
@@ -140,15 +138,31 @@ def _layout(dim: int, vec: int, max_items: int, threads: int) -> _Layout:
     return _Layout(vec, items, width, max(1, min(groups, 15) if width > _WARP else groups))
 
 
+def _forward_layout(dim: int, vec: int, residual: bool) -> _Layout:
+    """How norm_forward spreads a row where x, weight and y are of one dtype."""
+    layout, vectors = _layout(dim, vec, 4, 128), dim // vec
+    if not layout.items or vectors <= _WARP:
+        return layout
+    # Blocks as kForwardThreads of norm_forward.cuh: 1024, 256 and 512 threads for 1, 2 and 4 vectors each.
+    if residual:
+        items = 1 if vectors <= 1024 else 4
+    else:  # four where no lane is left without
+        items = 4 if vectors > 512 or (vectors > 256 and vectors % (4 * _WARP) == 0) else 2
+    width = -(-vectors // (items * _WARP)) * _WARP
+    return _Layout(vec, items, width, 4 if width == _WARP else 1)
+
+
 @functools.cache
 def _forward_kernel(norm: Norm, residual: bool, dim: int, aligned: bool) -> tuple[Kernel, _Layout]:
     vec = 16 // norm.x.itemsize
-    max_items = 4 if norm.weight is norm.x is norm.out else 2
-    layout = _layout(dim, vec, max_items, 128)
-    if layout.width > _WARP:
-        layout = layout._replace(groups=1)
+    if norm.weight is norm.x is norm.out:
+        layout = _forward_layout(dim, vec, residual)
+    else:  # registers for two vectors only
+        layout = _layout(dim, vec, 2, 128)
+        layout = layout._replace(groups=1 if layout.width > _WARP else layout.groups)
     if not aligned:
-        layout = layout._replace(vec=1, items=0, width=max(_WARP, layout.width), groups=1)
+        width = min(_MAX_THREADS, max(_WARP, layout.width))
+        layout = layout._replace(vec=1, items=0, width=width, groups=1)
     name = f"norm_forward<{_template(norm, residual, layout)}>"
     parameters = {
         "x": norm.x,
@@ -160,7 +174,6 @@ def _forward_kernel(norm: Norm, residual: bool, dim: int, aligned: bool) -> tupl
         "stats": torch.float32,
         "rows": "int64",
         "dim": "int32",
-        "width": "int32",
         "eps": "float32",
         "rounding": "int32",
     }

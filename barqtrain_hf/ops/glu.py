@@ -218,6 +218,10 @@ def _forward(
         )
         threads, vectors = _FORWARD[activation]
         chunks = -(-columns // (vec * threads * vectors))
+        if columns != y.numel():
+            # Rows: smaller blocks share each of them evenly, with few idle threads.
+            chunks = -(-columns // (vec * min(threads, 512) * vectors))
+            threads = -(-columns // (vec * vectors * chunks * 32)) * 32
         grid = (y.numel() // columns * chunks, 1, 1)
         pointers = (first, second, y.data_ptr())
         scalars = (columns, gate_stride, up_stride, chunks)
