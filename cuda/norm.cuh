@@ -39,6 +39,17 @@ __device__ __forceinline__ float centre(float v, float mean, float r) {
   return sizeof(O) == 4 ? (v - mean) * r : v * r - mean * r;
 }
 
+// 1 / sqrt(v). In fp32 results the hardware's error would show: there one step of Newton's follows, in which
+// root + rest is v * r, nothing rounded away.
+template <typename O>
+__device__ __forceinline__ float inverse_root(float v) {
+  const float r = rsqrtf(v);
+  if (sizeof(O) != 4) return r;
+  const float root = v * r, rest = fmaf(v, r, -root);
+  const float error = fmaf(-rest, r, fmaf(-root, r, 1.0f));  // 1 - v * r * r
+  return root > 0.0f ? fmaf(0.5f * r, error, r) : r;         // v may be zero or infinite
+}
+
 // The threads that share a row.
 struct Group {
   int index, lane, width;

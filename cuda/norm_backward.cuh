@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kMaxBackward<LAYER, RESIDUAL, ITEMS>, 1)
       shift = sums[0] / dim;
       slope = sums[1] / dim;
     } else {
-      row_stats = {0.0f, rsqrtf(sums[0] / dim + eps)};
+      row_stats = {0.0f, inverse_root<O>(sums[0] / dim + eps)};
       slope = sums[1] * row_stats.y / dim;
     }
 

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kForwardThreads<kOneSize<T, W, O>, ITEMS>,
     sum(0.0f);
     variance = average(sums[0]);
   }
-  const float r = rsqrtf(variance + eps);
+  const float r = inverse_root<O>(variance + eps);
   if (!active) return;
   if (LAYER && group.lane == 0) stats[row] = {mean, r};
 
