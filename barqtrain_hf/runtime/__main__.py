@@ -30,9 +30,7 @@ def compile_all(
     """Yields (source, architecture, program) for every combination, compiled in parallel."""
     jobs = [(source, arch) for source in sources for arch in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        programs = pool.map(
-            lambda job: compile_program(job[0], instantiations(job[0]), job[1]), jobs
-        )
+        programs = pool.map(lambda job: compile_program(job[0], instantiations(*job), job[1]), jobs)
         for (source, arch), program in zip(jobs, programs, strict=True):
             yield source, arch, program
 

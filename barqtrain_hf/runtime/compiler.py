@@ -29,7 +29,7 @@ from barqtrain_hf.runtime.device import compiler_unavailable_reason, cuda_includ
 SOURCE_DIR = Path(__file__).resolve().parent.parent / "_cuda"
 _OPTIONS = ("-std=c++17",)
 _QUOTED_INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
-_INSTANTIATE = re.compile(r"^// instantiate: (.+)$", re.MULTILINE)
+_INSTANTIATE = re.compile(r"^// instantiate((?: sm_\w+)*): (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,23 @@ def shipped_sources() -> list[str]:
 
 
 @functools.cache
-def instantiations(source: str) -> tuple[str, ...]:
-    """Kernels a source offers, from its ``// instantiate:`` lines with ``{a,b}`` expanded."""
+def instantiations(source: str, arch: str | None = None) -> tuple[str, ...]:
+    """Kernels a source offers, from its ``// instantiate:`` lines with ``{a,b}`` expanded.
+
+    Args:
+        source: file in ``cuda/``.
+        arch: only those meant for this architecture: a line may name some, as
+            ``// instantiate sm_75 sm_86:``. None: all.
+    """
     names: list[str] = []
-    for line in _INSTANTIATE.findall(read_source(source)):
+    for architectures, line in _INSTANTIATE.findall(read_source(source)):
+        if arch is not None and architectures and f"sm_{arch}" not in architectures.split():
+            continue
         parts = [part.split(",") for part in re.split(r"[{}]", line.strip())]
         # Text outside braces is at even positions and is one choice whatever commas it has.
         choices = [p if i % 2 else [",".join(p)] for i, p in enumerate(parts)]
         names += ["".join(choice) for choice in itertools.product(*choices)]
-    return tuple(re.sub(r"\s+", "", name) for name in names)
+    return tuple(dict.fromkeys(re.sub(r"\s+", "", name) for name in names))
 
 
 def compile_program(source: str, names: tuple[str, ...], arch: str) -> Program:
