@@ -1,6 +1,7 @@
 """Training ops: each is a PyTorch function with a CUDA twin, chosen per call."""
 
 from barqtrain_hf.ops._targets import CountedTarget, raise_bad_target
+from barqtrain_hf.ops.attention import Rope, flash_attention
 from barqtrain_hf.ops.glu import geglu, gelu, swiglu
 from barqtrain_hf.ops.layer_norm import layer_norm
 from barqtrain_hf.ops.linear_cross_entropy import TokenStatistics, linear_cross_entropy
@@ -9,8 +10,10 @@ from barqtrain_hf.ops.rope import apply_rope
 
 __all__ = [
     "CountedTarget",
+    "Rope",
     "TokenStatistics",
     "apply_rope",
+    "flash_attention",
     "geglu",
     "gelu",
     "layer_norm",

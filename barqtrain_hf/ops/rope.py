@@ -230,7 +230,7 @@ class _Rope(torch.autograd.Function):
     ) -> Pair:
         if inplace:
             ctx.mark_dirty(q, k)
-        turned = _turn(q, k, cos, sin, position_ids, interleaved, heads_dim, out, False, inplace)
+        turned = rotate(q, k, cos, sin, position_ids, interleaved, heads_dim, out, False, inplace)
         saved = (cos, sin) if position_ids is None else (cos, sin, position_ids)
         ctx.save_for_backward(*saved)
         ctx.options = (interleaved, heads_dim, q.dtype)
@@ -244,7 +244,7 @@ class _Rope(torch.autograd.Function):
             grads = _RopeBackward.apply(dq, dk, cos, sin, ids, *ctx.options)
         else:
             interleaved, heads_dim, out = ctx.options
-            grads = _turn(dq, dk, cos, sin, ids, interleaved, heads_dim, out, True)
+            grads = rotate(dq, dk, cos, sin, ids, interleaved, heads_dim, out, True)
         return *grads, None, None, None, None, None, None, None
 
 
@@ -265,7 +265,7 @@ class _RopeBackward(torch.autograd.Function):
     ) -> Pair:
         ctx.save_for_backward(cos, sin, *(() if position_ids is None else (position_ids,)))
         ctx.options = (interleaved, heads_dim, dq.dtype)
-        return _turn(dq, dk, cos, sin, position_ids, interleaved, heads_dim, out, True)
+        return rotate(dq, dk, cos, sin, position_ids, interleaved, heads_dim, out, True)
 
     @staticmethod
     def backward(ctx: Any, ddq: torch.Tensor, ddk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -276,7 +276,7 @@ class _RopeBackward(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def _turn(
+def rotate(
     q: torch.Tensor,
     k: torch.Tensor,
     cos: torch.Tensor,
@@ -288,7 +288,7 @@ def _turn(
     backward: bool,
     inplace: bool = False,
 ) -> Pair:
-    """One launch."""
+    """Turns, or turns gradients back, in one launch; the inputs as apply_rope has checked them."""
     if cos.dtype is not q.dtype and cos.dtype is not torch.float32:
         cos, sin = cos.float(), sin.float()  # fp32 q with 16-bit angles: exact, and few elements
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -382,7 +382,7 @@ def _rope_op(
     out: torch.dtype,
     backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _turn(q, k, cos, sin, position_ids, interleaved, heads_dim, out, backward)
+    return rotate(q, k, cos, sin, position_ids, interleaved, heads_dim, out, backward)
 
 
 @_rope_op.register_fake

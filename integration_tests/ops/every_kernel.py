@@ -1,4 +1,6 @@
-"""Launches every kernel of the norms, activations and RoPE on shapes of all paths, for compute-sanitizer.
+"""Launches every kernel of the norms, activations, RoPE and attention on shapes of all paths.
+
+For compute-sanitizer:
 
 compute-sanitizer --tool racecheck python integration_tests/ops/every_kernel.py
 """
@@ -9,6 +11,7 @@ import itertools
 from typing import Any
 
 import torch
+from attention_cases import Case, draw, ours
 from norm_cases import DTYPES, SHAPES, misaligned
 
 from barqtrain_hf.ops import apply_rope, geglu, gelu, layer_norm, rms_norm, swiglu
@@ -24,6 +27,30 @@ ROPE_SHAPES = [
     (1, 5, 3, 1, 10, 6),
     (1, 17, 72, 8, 128, 128),
     (1, 3, 2, 2, 500, 20),
+]
+
+# Every tile shape with more than one tile; then what each call decides, on documents that end within a tile
+# and on its edge.
+DOCUMENTS = (1, 64, 150, 1, 1)
+ATTENTION_CASES = [
+    *(
+        Case((150,), 2, heads=(2, 1), dim=dim, rope=rope)
+        for dim in (32, 40, 64, 80, 96, 128, 256)
+        for rope in ("", "half")
+    ),
+    *(
+        Case(DOCUMENTS, heads=(4, 2), dim=dim, causal=causal, rope="half")
+        for dim in (64, 128)
+        for causal in (True, False)
+    ),
+    *(Case(DOCUMENTS, heads=(2, 2), rope=rope) for rope in ("interleaved", "partial")),
+    *(
+        Case(DOCUMENTS, heads=(2, 1), window=window, causal=causal)
+        for window in (1, 70)
+        for causal in (True, False)
+    ),
+    Case(DOCUMENTS, heads=(2, 1), softcap=20.0, rope="half"),
+    Case((1,), 2),
 ]
 
 
@@ -72,6 +99,12 @@ def rotations(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         backward(turned, q, k)
 
 
+def attention(dtype: torch.dtype, case: Case) -> None:
+    inputs = draw(case, dtype, "cuda")
+    ours(case, "cuda")(*inputs)
+    ours(case, "cuda")(*(misaligned(t) for t in inputs))
+
+
 if __name__ == "__main__":
     for dtype in DTYPES:
         for norm_shape in NORM_SHAPES:
@@ -80,4 +113,6 @@ if __name__ == "__main__":
             activations(dtype, *glu_shape)
         for rope_shape in ROPE_SHAPES:
             rotations(dtype, rope_shape)
+        for case in ATTENTION_CASES if dtype is not torch.float32 else ():
+            attention(dtype, case)
     torch.cuda.synchronize()

@@ -1,0 +1,57 @@
+"""Where PyTorch's attention is faster than ours for dense rows: the one place that says so.
+
+By docs/benchmarks/h200/attention.json: on Hopper cuDNN's kernel, which uses the tensor cores through wgmma as
+ours does not, takes half to nine tenths of our time at 64 and 128 dimensions a head. It plans each new length
+anew, for some 170 ms, so that it is left to lengths that return: rows cut or padded to a size. Packed rows,
+windows and capped scores are always ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from barqtrain_hf.ops._backend import cached
+
+# PyTorch's backends in their order, by compute capability.
+_FASTER = {(9, 0): (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)}
+_DIMS = (64, 128)
+_SHORTEST, _STEP = 1024, 64
+
+
+def sdpa_is_faster(q: torch.Tensor, window: int | None, softcap: float | None) -> bool:
+    """Whether dense rows of q [B, T, H, D] are left to :func:`sdpa`.
+
+    Not under deterministic algorithms: cuDNN's gradient of q was seen to differ from run to run.
+    """
+    length, dim = q.shape[1], q.shape[3]
+    return (
+        window is None
+        and softcap is None
+        and length >= _SHORTEST
+        and length % _STEP == 0
+        and dim in _DIMS
+        and q.dtype is not torch.float32
+        and _capability(q.get_device()) in _FASTER
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> torch.Tensor:
+    """PyTorch's attention of [B, T, H, D] tensors by the backend that is faster here."""
+    backends = _FASTER[_capability(q.get_device())]
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(list(backends), set_priority=True):
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+    return y.transpose(1, 2).contiguous()
+
+
+@cached
+def _capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -1,0 +1,437 @@
+"""flash_attention against fp64 and against PyTorch's own attention.
+
+Lengths: about the tiles' sizes (64 and 128), one token, two, and primes far from them. Each feature (heads,
+head dimensions, windows, softcaps, RoPE) is tried on a row whose documents end within a tile and on its edge.
+On a CPU PyTorch's path runs, on a GPU the kernel; long rows only there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, assert_as_accurate, cu_seqlens, draw, exact, ours, rope_of
+from norm_cases import misaligned
+
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from barqtrain_hf.ops import Rope, _documents, apply_rope, flash_attention
+from barqtrain_hf.ops.attention import flash_attention_reference
+
+HALF = [torch.bfloat16, torch.float16]
+BACKENDS = ["torch", pytest.param("cuda", marks=pytest.mark.gpu)]
+MIXED = (1, 64, 70, 1, 129)
+ONES = (1,) * 40 + (130,) + (1,) * 5
+
+LENGTHS = [Case((n,), batch=2) for n in (1, 2, 63, 64, 65, 127, 128, 129)]
+PACKED = [Case(MIXED), Case(ONES), Case((1,) * 7), Case((200,)), Case((128, 64))]
+HEADS = [Case((1, 64, 70), heads=h) for h in ((1, 1), (4, 4), (4, 1), (6, 2), (32, 8))]
+DIMS = [Case((1, 130, 64), dim=d, heads=(2, 1)) for d in (32, 40, 80, 96, 128, 256)]
+FULL = [case._replace(causal=False) for case in (LENGTHS[2], LENGTHS[7], *PACKED[:2], *DIMS[4:])]
+WINDOWS = [
+    Case((1, 200, 33), heads=(2, 1), window=window, causal=causal, rope=rope)
+    for window, (causal, rope) in itertools.product(
+        (1, 7, 64, 130), ((True, ""), (False, ""), (True, "half"))
+    )
+]
+# A scale at which the cap bends the scores.
+SOFTCAPS = [
+    Case((1, 130, 64), heads=(2, 1), softcap=softcap, scale=1.0, causal=causal, window=window)
+    for softcap, causal, window in ((20.0, True, None), (50.0, False, None), (20.0, True, 64))
+]
+SCALES = [Case(MIXED, heads=(2, 1), scale=scale) for scale in (0.02, 0.5)]
+ROPES = [
+    Case(lengths, batch, heads=(4, 2), dim=dim, rope=rope)
+    for (lengths, batch), dim, rope in itertools.product(
+        (((130,), 2), (MIXED, 0)), (64, 128), ("half", "interleaved", "partial")
+    )
+]
+CASES = [*LENGTHS, *PACKED, *HEADS, *DIMS, *FULL, *WINDOWS, *SOFTCAPS, *SCALES, *ROPES]
+LONG = [
+    *(Case((n,), batch, dim=d) for n, batch in ((1000, 2), (4097, 1)) for d in (64, 96, 128)),
+    *(Case((n,), 1, causal=False) for n in (1000, 4097)),
+    *(Case((1, 1000, 63, 4097, 2), dim=d, rope="half") for d in (64, 128)),
+    Case((4097, 1, 500), window=1000, rope="interleaved"),
+    Case((1000, 1, 500), dim=256, rope="partial"),
+    *(Case((2500,), 1, dim=d, heads=(4, 1), causal=False) for d in (32, 80, 256)),
+    Case((1,) * 3000 + (600,), heads=(2, 1)),
+]
+
+
+def on(backend: str) -> str:
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def equal(mine: Any, theirs: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_accurate_as_stock(case: Case, dtype: torch.dtype, backend: str) -> None:
+    draws = 2 if backend == "torch" else 8 if case.tokens < 100 else 4
+    assert_as_accurate(case, dtype, backend, draws)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_rows_as_accurate_as_stock(case: Case, dtype: torch.dtype) -> None:
+    assert_as_accurate(case, dtype, "cuda", draws=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(33000,), (5, 33000, 130)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_document_longer_than_32k(lengths: tuple[int, ...], dim: int) -> None:
+    assert_as_accurate(Case(lengths, heads=(2, 1), dim=dim), torch.bfloat16, "cuda", draws=1)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dim == 64], ids=str)
+def test_torch_path_is_the_definition(case: Case) -> None:
+    inputs = draw(case, torch.float32, "cpu")
+    for mine, truth in zip(ours(case, "torch")(*inputs), exact(case)(*inputs), strict=True):
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [*PACKED[:2], *WINDOWS[:3], *SOFTCAPS, ROPES[3]], ids=str)
+def test_reference_is_the_definition(case: Case) -> None:
+    inputs = draw(case, torch.float32, "cpu")
+    rope = rope_of(case, *inputs[4:])
+    out = flash_attention_reference(
+        *inputs[:3], cu_seqlens=cu_seqlens(case, "cpu"), rope=rope, **case.named
+    )
+    torch.testing.assert_close(out.double(), exact(case)(*inputs)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rope_is_apply_rope_and_attention(batch: int, backend: str) -> None:
+    for interleaved, size, shared in itertools.product((False, True), (64, 16), (False, True)):
+        case = Case((150,), batch, rope="interleaved" if interleaved else "half")
+        q, k, v, dout, cos, sin = draw(case, torch.bfloat16, on(backend))
+        cos, sin = (t[: 1 if shared else batch, :, :size] for t in (cos, sin))
+        fused = ours(case, backend)(q, k, v, dout, cos, sin)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        named = {"interleaved": interleaved, "unsqueeze_dim": 2, "keep_dtype": True}
+        turned = apply_rope(q, k, cos, sin, **named)
+        out = flash_attention(*turned, v, backend=backend)  # type: ignore[arg-type]
+        for mine, other in zip(fused, [out, *torch.autograd.grad(out, leaves, dout)], strict=True):
+            assert (mine - other).norm() <= 1e-2 * other.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_and_misaligned_inputs(backend: str) -> None:
+    case = Case((1, 64, 70), heads=(4, 2), rope="half")
+    q, k, v, dout, cos, sin = draw(case, torch.bfloat16, on(backend))
+    expected = ours(case, backend)(q, k, v, dout, cos, sin)
+    qkv = torch.cat((q, k, v), dim=2)
+    fused = (qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:])
+    layouts = {
+        "heads first": [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, dout)],
+        "fused projection": [*fused, dout],
+        "misaligned": [misaligned(t) for t in (q, k, v, dout)],
+        "odd strides": [torch.nn.functional.pad(t, (0, 1))[..., :-1] for t in (q, k, v, dout)],
+        "last dimension strided": [torch.stack((t, t), -1)[..., 0] for t in (q, k, v, dout)],
+    }
+    strided = [torch.stack((t, t), -1)[..., 0] for t in (cos, sin)]
+    for name, views in layouts.items():
+        angles = [misaligned(t) for t in (cos, sin)] if name == "misaligned" else strided
+        results = ours(case, backend)(*views, *angles)
+        assert results[0].is_contiguous(), name
+        for mine, other in zip(results, expected, strict=True):
+            if backend == "cuda":
+                assert torch.equal(mine, other), name
+            else:
+                torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)
+    one = dout[:, :, :1].expand_as(dout)
+    shared = ours(case, backend)(q, k, v, one, cos, sin)
+    assert equal(shared, ours(case, backend)(q, k, v, one.contiguous(), cos, sin))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 0, 4, 64), (2, 0, 4, 64), (0, 5, 4, 64)], ids=str)
+def test_nothing_to_attend(shape: tuple[int, ...], backend: str) -> None:
+    x = torch.randn(shape, dtype=torch.bfloat16, device=on(backend), requires_grad=True)
+    bounds = torch.zeros(1, dtype=torch.int32, device=x.device)
+    angles = torch.empty(1, shape[1], 64, device=x.device)
+    for named in ({}, {"rope": Rope(angles, angles)}, {"cu_seqlens": bounds}):
+        if "cu_seqlens" in named and shape[:2] != (1, 0):
+            continue
+        out = flash_attention(x, x, x, backend=backend, **named)  # type: ignore[arg-type]
+        assert out.shape == shape
+        assert torch.autograd.grad(out.sum(), x)[0].shape == shape
+
+
+ALONE = [
+    Case(MIXED, rope="half"),
+    Case(ONES, heads=(4, 1), rope="partial"),
+    Case((65, 300, 64), dim=128, causal=False),
+    Case((65, 300, 64), window=70, rope="interleaved"),
+    Case((65, 130), softcap=20.0),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_documents_are_as_if_alone(case: Case, backend: str) -> None:
+    inputs = draw(case, torch.bfloat16, on(backend))
+    together = ours(case, backend)(*inputs)
+    start = 0
+    for length in case.lengths:
+        mine = [t[:, start : start + length] for t in inputs]
+        alone = ours(case._replace(lengths=(length,)), backend)(*mine)
+        assert equal(alone, [t[:, start : start + length] for t in together])
+        start += length
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", ALONE, ids=str)
+def test_documents_never_leak(case: Case, backend: str) -> None:
+    inputs = draw(case, torch.bfloat16, on(backend))
+    before = ours(case, backend)(*inputs)
+    start, end = sum(case.lengths[:1]), sum(case.lengths[:2])
+    for value in (1e4, float("nan")):  # not even what 0 times it would give
+        for tensor in inputs:
+            tensor[:, start:end] = value
+        after = ours(case, backend)(*inputs)
+        for part in (slice(0, start), slice(end, None)):
+            assert equal([t[:, part] for t in after], [t[:, part] for t in before])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*ALONE, *LONG[:3], LONG[-1], DIMS[5]], ids=str)
+def test_kernel_repeats_bit_for_bit(case: Case) -> None:
+    inputs = draw(case, torch.bfloat16, "cuda")
+    first = ours(case, "cuda")(*inputs)
+    for _ in range(10):
+        assert equal(first, ours(case, "cuda")(*inputs))
+
+
+def test_compiled_torch_path_has_no_graph_break() -> None:
+    case = Case((20,), 2, window=5, rope="half")
+    q, k, v, _, cos, sin = draw(case, torch.float32, "cpu")
+
+    def attend(q: Any, k: Any, v: Any, cos: Any, sin: Any) -> Any:
+        return flash_attention(q, k, v, rope=Rope(cos, sin), window=5) * 1.0
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, cos, sin), attend(q, k, v, cos, sin))
+
+
+def test_compiled_torch_path_with_documents_is_not_compiled_again() -> None:
+    compiled = torch.compile(
+        lambda q, bounds: flash_attention(q * 2.0, q, q, cu_seqlens=bounds) * 1.0,
+        backend=torch._dynamo.testing.CompileCounter(),
+    )
+    q = torch.randn(1, 20, 2, 16)
+    for cut in (3, 4, 5):
+        bounds = torch.tensor([0, cut, 20], dtype=torch.int32)
+        with torch._dynamo.config.patch(error_on_recompile=cut > 3):
+            out = compiled(q, bounds)
+        torch.testing.assert_close(out, flash_attention(q * 2.0, q, q, cu_seqlens=bounds))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", [Case(MIXED, window=70, rope="half"), Case((130,), 2, softcap=20.0)], ids=str
+)
+def test_compiled_kernel_has_no_graph_break(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(case, torch.bfloat16, "cuda")
+    bounds = cu_seqlens(case, "cuda")
+
+    def layers(q: Any, k: Any, v: Any, cos: Any, sin: Any) -> Any:
+        named = {"cu_seqlens": bounds, "rope": rope_of(case, cos, sin), **case.named}
+        for _ in range(2):
+            q = flash_attention(q * 1.0, k, v, backend="cuda", **named)
+        return q * 1.0
+
+    def graded(function: Any) -> list[torch.Tensor]:
+        leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+        out = function(*leaves, *inputs[4:])
+        return [out, *torch.autograd.grad(out, leaves, inputs[3])]
+
+    reads = count_reads(monkeypatch)
+    assert equal(graded(torch.compile(layers, fullgraph=True)), graded(layers))
+    assert len(reads) == (bounds is not None)
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    read = _documents._to_host
+    reads: list[torch.Tensor] = []
+
+    def counted(tensor: torch.Tensor) -> list[int]:
+        reads.append(tensor)
+        return read(tensor)
+
+    monkeypatch.setattr(_documents, "_to_host", counted)
+    return reads
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cu_seqlens_is_read_once_for_all_layers(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = count_reads(monkeypatch)
+    x = torch.randn(1, 10, 2, 64, dtype=torch.bfloat16, device=on(backend), requires_grad=True)
+    bounds = torch.tensor([0, 4, 10], dtype=torch.int32, device=x.device)
+
+    def layer() -> None:
+        named = {"cu_seqlens": bounds, "backend": backend}
+        torch.autograd.grad(flash_attention(x, x, x, **named).mean(), x)  # type: ignore[arg-type]
+
+    layer()
+    if backend == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        if backend == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(reads) == 1
+    before = flash_attention(x, x, x, cu_seqlens=bounds)
+    bounds[1] = 7
+    assert not torch.equal(before, flash_attention(x, x, x, cu_seqlens=bounds))
+    assert len(reads) == 2
+    bounds[1] = 12
+    with pytest.raises(ArgumentError, match=r"cu_seqlens\[2\] = 10 is not more than .* = 12"):
+        layer()
+    with pytest.raises(ArgumentError, match="ends at 4 and q has 10 tokens"):
+        flash_attention(x, x, x, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32).to(x.device))
+    with torch.inference_mode():  # where tensors do not say when they change
+        bounds = torch.tensor([0, 4, 10], dtype=torch.int32, device=x.device)
+        one = flash_attention(x, x, x, cu_seqlens=bounds)
+        bounds[1] = 7
+        assert not torch.equal(one, flash_attention(x, x, x, cu_seqlens=bounds))
+
+
+@pytest.mark.gpu
+def test_cuda_graphs() -> None:
+    x = torch.randn(1, 100, 2, 64, dtype=torch.bfloat16, device="cuda")
+    bounds = torch.tensor([0, 40, 100], dtype=torch.int32, device="cuda")
+    expected = flash_attention(x, x, x, backend="cuda")
+    flash_attention(x, x, x, cu_seqlens=bounds, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attention(x, x, x, backend="cuda")
+        with pytest.raises(UnsupportedError, match="capture without cu_seqlens"):
+            flash_attention(x, x, x, cu_seqlens=bounds, backend="cuda")
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_autocast_casts_as_stock_does() -> None:
+    x = torch.randn(1, 20, 2, 16)
+    expected = flash_attention(*(x.bfloat16(),) * 3, softcap=5.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = flash_attention(x, x, x.bfloat16(), softcap=5.0)
+        assert (
+            torch.nn.functional.scaled_dot_product_attention(x, x, x.bfloat16()).dtype is out.dtype
+        )
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_angles_that_need_gradients_get_them(device: str) -> None:
+    case = Case((20,), 1, rope="half")
+    q, k, v, dout, cos, sin = draw(case, torch.bfloat16, device)
+    rope = Rope(cos.requires_grad_(), sin.requires_grad_())
+    grads = torch.autograd.grad(flash_attention(q, k, v, rope=rope), tuple(rope)[:2], dout)
+    assert all(g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [Case(MIXED, softcap=20.0), Case(MIXED, rope="half", softcap=20.0), Case((130,), 2), ALONE[3]],
+    ids=str,
+)
+def test_second_derivative_is_right_or_refused(case: Case, backend: str) -> None:
+    dtype = torch.float32 if backend == "torch" else torch.float16
+    inputs = draw(case, dtype, on(backend))
+    named = {"cu_seqlens": cu_seqlens(case, on(backend)), "rope": rope_of(case, *inputs[4:])}
+    named |= case.named
+    seconds = []
+    for function in (flash_attention, flash_attention_reference):
+        leaves = [t.detach().requires_grad_() for t in inputs[:3]]
+        more = {"backend": backend} if function is flash_attention else {}
+        out = function(*leaves, **named, **more)
+        if backend == "cuda" and case.rope and function is flash_attention:
+            with pytest.raises(UnsupportedError, match=r"RoPE inside .* apply_rope before"):
+                torch.autograd.grad(out, leaves, inputs[3], create_graph=True)
+            return
+        grads = torch.autograd.grad(out, leaves, inputs[3], create_graph=True)
+        total = sum(g.float().square().sum() for g in grads)
+        if backend == "torch" and case.softcap is None and function is flash_attention:
+            with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+                torch.autograd.grad(total, leaves)
+            return
+        seconds.append(torch.autograd.grad(total, leaves))
+    for mine, theirs in zip(*seconds, strict=True):
+        assert (mine - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+@pytest.mark.gpu
+def test_what_the_kernel_does_not_take() -> None:
+    x = torch.randn(1, 20, 2, 264, device="cuda").bfloat16()
+    for wrong, message in ((x, "264"), (x[..., :20], "20"), (x[..., :64].float(), "float32")):
+        with pytest.raises(UnsupportedError, match=f"'cuda' cannot be used: .*{message}"):
+            flash_attention(wrong, wrong, wrong, backend="cuda")
+        expected = flash_attention_reference(wrong, wrong, wrong)
+        torch.testing.assert_close(
+            flash_attention(wrong, wrong, wrong), expected, rtol=2e-2, atol=2e-2
+        )
+    angles = torch.ones(1, 20, 64, device="cuda").half()
+    with pytest.raises(UnsupportedError, match=r"q is torch\.bfloat16 and cos torch\.float16"):
+        flash_attention(*(x[..., :64],) * 3, rope=Rope(angles, angles), backend="cuda")
+    with pytest.raises(ArgumentError, match="cu_seqlens is on cpu and q on cuda:0"):
+        flash_attention(x, x, x, cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
+
+
+def test_bad_arguments_name_the_argument() -> None:
+    x = torch.randn(1, 10, 4, 8)
+
+    def refused(message: str, q: Any = x, k: Any = x, v: Any = x, **named: Any) -> None:
+        with pytest.raises((ArgumentError, ArgumentTypeError), match=message):
+            flash_attention(q, k, v, **named)
+
+    def bounds(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype)
+
+    refused("cu_seqlens starts at 2; it must start at 0", cu_seqlens=bounds(2, 10))
+    refused(r"cu_seqlens\[2\] = 3 is not more than .* = 4", cu_seqlens=bounds(0, 4, 3, 10))
+    refused("leave empty documents out", cu_seqlens=bounds(0, 4, 4, 10))
+    refused("cu_seqlens ends at 9 and q has 10 tokens", cu_seqlens=bounds(0, 4, 9))
+    refused("cu_seqlens is torch.int64; cast", cu_seqlens=bounds(0, 10, dtype=torch.int64))
+    refused(r"cu_seqlens of shape \(1, 2\)", cu_seqlens=bounds(0, 10)[None])
+    refused(r"cu_seqlens of shape \(0,\)", cu_seqlens=bounds())
+    meta = torch.empty(2, dtype=torch.int32, device="meta")
+    refused("cu_seqlens is on meta and q on cpu; move", cu_seqlens=meta)
+    rows = x.view(2, 5, 4, 8)
+    refused("q has 2 rows, and cu_seqlens", rows, rows, rows, cu_seqlens=bounds(0, 5))
+    refused("max_seqlen=5, but .* document of 6", cu_seqlens=bounds(0, 4, 10), max_seqlen=5)
+    refused("max_seqlen=5 needs cu_seqlens", max_seqlen=5)
+    refused("q is torch.float32, k torch.float32 and v torch.bfloat16; cast", v=x.bfloat16())
+    refused("q is torch.float64", x.double(), x.double(), x.double())
+    refused("4 query heads cannot share 3 key heads", k=x[:, :, :3], v=x[:, :, :3])
+    refused("4 query heads cannot share 0 key heads", k=x[:, :, :0], v=x[:, :, :0])
+    refused(r"k of \(1, 10, 4, 8\) and v of \(1, 10, 2, 8\)", v=x[:, :, :2])
+    for other in (x[:, :9], x[..., :4], x.expand(2, 10, 4, 8), x[0]):
+        refused("of one B, T and D", k=other, v=other)
+    refused("must be .B, T, heads, D.", x[..., :0], x[..., :0], x[..., :0])
+    refused("window=0 must be", window=0)
+    refused("window=2.5 must be", window=2.5)
+    refused("softcap=0.0 must be positive", softcap=0.0)
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        refused("scale=.* must be positive", scale=scale)
+    refused("backend='gpu'", backend="gpu")
+    cos = torch.ones(1, 10, 8)
+    refused("rope is a tuple; pass Rope", rope=(cos, cos))
+    refused("cos is torch.float32 and sin torch.bfloat16", rope=Rope(cos, cos.bfloat16()))
+    refused("cos is torch.float64", rope=Rope(cos.double(), cos.double()))
+    for wrong in (cos[:, 1:], cos[..., :3], torch.ones(1, 10, 10), cos[0], cos.expand(2, 10, 8)):
+        refused("an even number of angles up to 8", rope=Rope(wrong, wrong))
+    with pytest.raises(UnsupportedError, match="cpu; move it to a CUDA device"):
+        flash_attention(x, x, x, backend="cuda")
