@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -52,7 +53,13 @@ class BarqKernelsCallback(TrainerCallback):
         """Installs the leaf ops."""
         if model is not None:
             self._model = model
-            self.report = patch_model(model, self.config, fused_head=False)
+            config, reason = self.config, _brings_attention(args)
+            if reason is not None:
+                config = replace(config, attention=False)
+            self.report = patch_model(model, config, fused_head=False)
+            if self.config.attention and reason is not None:
+                self.report.forget("attention")
+                self.report.skip("attention", "", reason)
             logger.info("%s", self.report)
 
     def on_train_end(
@@ -74,3 +81,11 @@ class BarqKernelsCallback(TrainerCallback):
         if self._model is not None:
             unpatch_model(self._model, fused_head=False)
             self._model = None
+
+
+def _brings_attention(args: TrainingArguments) -> str | None:
+    """Why the model's attention is not to be replaced in this run, or None."""
+    parallelism = getattr(args, "parallelism_config", None)
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        return "context or sequence parallelism splits rows over ranks and needs its own attention"
+    return None

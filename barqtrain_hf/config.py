@@ -22,6 +22,9 @@ class BarqConfig:
         layer_norm: replace the forward of LayerNorm modules.
         glu: replace the forward of gated MLPs, of the gate of experts and of GELU modules.
         rope: replace the rotary embedding of queries and keys in attention modules.
+        attention: replace sdpa, or a model's own attention where it has no sdpa, and turn queries and keys
+            inside with ``rope``. Models on a device without our kernels, or loaded with another
+            ``attn_implementation``, keep theirs; ``attn_implementation="barq"`` asks for it anywhere.
         linear_cross_entropy: compute the loss in the LM head, without holding all logits.
         max_extra_bytes: memory for logits and their gradient in the fused loss; None for the op's
             default, which depends on the shapes and the GPU's free memory (see `linear_cross_entropy`).
@@ -31,14 +34,16 @@ class BarqConfig:
     layer_norm: bool = True
     glu: bool = True
     rope: bool = True
+    attention: bool = True
     linear_cross_entropy: bool = True
     max_extra_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rms_norm", "layer_norm", "glu", "rope", "linear_cross_entropy"):
-            if not isinstance(getattr(self, name), bool):
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(option.default, bool) and not isinstance(value, bool):
                 raise ArgumentTypeError(
-                    f"barq_config: {name}={getattr(self, name)!r} must be true or false."
+                    f"barq_config: {option.name}={value!r} must be true or false."
                 )
         extra = self.max_extra_bytes
         if extra is not None and (type(extra) is not int or extra <= 0):

@@ -22,6 +22,7 @@ class Candidate(NamedTuple):
         module: the module.
         build: probes it and answers; it is not called where nothing could be bound.
         attribute: what to bind on the instance.
+        over: whether it may be bound over something bound there already.
     """
 
     op: str
@@ -29,6 +30,7 @@ class Candidate(NamedTuple):
     module: nn.Module
     build: Callable[[PatchReport], Answer]
     attribute: str = "forward"
+    over: Callable[[Any], bool] = lambda bound: False
 
 
 def because(reason: str) -> Callable[[PatchReport], Answer]:

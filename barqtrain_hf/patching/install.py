@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from barqtrain_hf.config import BarqConfig
-from barqtrain_hf.patching import activations, experts, glu, head, norms, probe, rope
+from barqtrain_hf.patching import activations, attention, experts, glu, head, norms, probe, rope
+from barqtrain_hf.patching.attention_interface import register_attention
 from barqtrain_hf.patching.candidate import Candidate
 from barqtrain_hf.patching.report import PatchReport
 from barqtrain_hf.runtime import cuda_unavailable_reason
@@ -22,18 +23,39 @@ logger = logging.getLogger(__name__)
 # deep copy of a patched model knows what is bound in it.
 _ATTRIBUTE = "_barq_patches"
 # One file per kind of layer, in the order in which they look at the model.
-_KINDS = (norms, glu, experts, activations, rope)
-_LEAF_OPS = ("rms_norm", "layer_norm", "glu", "rope")
+_KINDS = (norms, glu, experts, activations, rope, attention)
+_LEAF_OPS = ("rms_norm", "layer_norm", "glu", "rope", "attention")
+
+
+class _Bound(NamedTuple):
+    """A method of ours on an instance."""
+
+    op: str
+    module: nn.Module
+    attribute: str
+    method: Any
+
+    def remove(self) -> None:
+        """Takes it off, unless something else is there by now."""
+        if self.module.__dict__.get(self.attribute) is self.method:
+            delattr(self.module, self.attribute)
 
 
 class _Patches:
-    """What is bound in one model: lists of module, attribute, bound method."""
+    """What is bound in one model, and the configs that name our attention with what they named before."""
 
     def __init__(self) -> None:
         self.report = PatchReport()
         self.leaf_ops: set[str] = set()
-        self.leaves: list[tuple[nn.Module, str, Any]] = []
-        self.head: list[tuple[nn.Module, str, Any]] = []
+        self.leaves: list[_Bound] = []
+        self.head: list[_Bound] = []
+        self.switched: list[tuple[Any, str]] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickled model, whose config names our attention wherever it is loaded."""
+        self.__dict__.update(state)
+        if self.switched:
+            register_attention()
 
 
 def patch_model(
@@ -67,13 +89,17 @@ def patch_model(
         if isinstance(result, str):
             patches.report.skip(head.OP, "", result)
         else:
-            patches.head = [(module, "forward", forward) for module, forward in result]
+            patches.head = [_Bound(head.OP, module, "forward", f) for module, f in result]
             patches.report.add(head.OP, "the LM head")
     if leaves:
         ops = {op for op in _LEAF_OPS if getattr(config, op)} - patches.leaf_ops
+        if rope.OP in ops and attention.OP in patches.leaf_ops:
+            # Attention is bound over the rotation, so it comes off and is bound again.
+            _unbind_leaves(patches, {attention.OP})
+            ops.add(attention.OP)
         _bind_leaves(base, ops, patches)
     reason = cuda_unavailable_reason()
-    if reason is not None and torch.cuda.is_available() and not patches.report.notes:
+    if reason is not None and torch.cuda.is_available() and reason not in patches.report.notes:
         patches.report.notes.append(reason)
         logger.warning("barqtrain_hf runs without its CUDA kernels: %s", reason)
     return patches.report
@@ -89,13 +115,11 @@ def unpatch_model(model: nn.Module, *, leaves: bool = True, fused_head: bool = T
     if patches is None:
         return
     if leaves:
-        patches.leaf_ops.clear()
-    for chosen, bound in ((leaves, patches.leaves), (fused_head, patches.head)):
-        if chosen:
-            for module, attribute, method in bound:
-                if module.__dict__.get(attribute) is method:
-                    delattr(module, attribute)
-            bound.clear()
+        _unbind_leaves(patches, set(_LEAF_OPS))
+    if fused_head:
+        for bound in patches.head:
+            bound.remove()
+        patches.head.clear()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -123,8 +147,25 @@ def _bind_leaves(base: nn.Module, ops: set[str], patches: _Patches) -> None:
                 continue
             method = types.MethodType(function, candidate.module)
             setattr(candidate.module, candidate.attribute, method)
-            patches.leaves.append((candidate.module, candidate.attribute, method))
+            patches.leaves.append(_Bound(op, candidate.module, candidate.attribute, method))
             patches.report.add(op, candidate.name)
+    if attention.OP in ops:
+        bound = [leaf.module for leaf in patches.leaves if leaf.op == attention.OP]
+        patches.switched = attention.switch(bound)
+        if not bound:
+            # The device may be the reason: a model that is moved to a GPU may be patched again.
+            patches.leaf_ops.discard(attention.OP)
+
+
+def _unbind_leaves(patches: _Patches, ops: set[str]) -> None:
+    if attention.OP in ops:
+        attention.switch_back(patches.switched)
+        patches.switched.clear()
+    for bound in patches.leaves:
+        if bound.op in ops:
+            bound.remove()
+    patches.leaves = [bound for bound in patches.leaves if bound.op not in ops]
+    patches.leaf_ops -= ops
 
 
 def _answer(base: nn.Module, candidate: Candidate, report: PatchReport) -> tuple[str, Any]:
@@ -134,8 +175,8 @@ def _answer(base: nn.Module, candidate: Candidate, report: PatchReport) -> tuple
             candidate.op,
             "the model was loaded with use_kernels=True, which rebinds forwards itself",
         )
-    if candidate.attribute in candidate.module.__dict__:
-        found = candidate.module.__dict__[candidate.attribute]
+    found = candidate.module.__dict__.get(candidate.attribute)
+    if found is not None and not candidate.over(found):
         ours = str(getattr(found, "__module__", "")).startswith(f"{__package__}.")
         by = "with another model" if ours else "by accelerate, Liger or another package"
         return candidate.op, f"its {candidate.attribute} is already patched ({by})"

@@ -1,13 +1,10 @@
 """Rotary embedding inside attention modules, without touching the function that all models of a file share.
 
-Attention calls ``apply_rotary_pos_emb`` by its global name. What is bound on the instance is the class's own
-forward with the same code, over a copy of its module's globals in which that one name is ours. A later
-change of those globals is not seen until the model is patched again.
+Attention calls ``apply_rotary_pos_emb`` by its global name, which `scope` makes ours in one model.
 """
 
 from __future__ import annotations
 
-import dis
 import inspect
 import types
 import weakref
@@ -19,7 +16,7 @@ import torch
 from torch import nn
 
 from barqtrain_hf.ops import apply_rope
-from barqtrain_hf.patching import glu, probe
+from barqtrain_hf.patching import glu, probe, scope
 from barqtrain_hf.patching.candidate import Answer, Candidate, because
 from barqtrain_hf.patching.report import PatchReport
 
@@ -27,7 +24,8 @@ OP = "rope"
 OPS = (OP,)
 _NAME = "apply_rotary_pos_emb"
 _UNSQUEEZE = "unsqueeze_dim"
-_CALLED_ATTENTION = ("attention", "attn")
+# Where our function keeps the _Rotation that it is.
+_ROTATION = "rotation"
 # Of q and of cos: all alike, or cos and sin, or q and k after a norm, kept in fp32 under autocast.
 _DTYPES = tuple(
     (q, cos) for q in probe.DTYPES for cos in probe.DTYPES if q is cos or torch.float32 in (q, cos)
@@ -60,37 +58,48 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
         lack = _lack(type(module))
         if lack is None:
             yield Candidate(OP, name, module, partial(_build, module, copies))
-        elif _is_called_attention(module):
+        elif scope.is_called_attention(module, _lack):
             yield Candidate(OP, name, module, because(lack))
+
+
+def is_bound(forward: Any) -> bool:
+    """Whether it is a function bound by this file."""
+    return hasattr(getattr(forward, "__globals__", {}).get(_NAME), _ROTATION)
+
+
+def deferring(forward: Callable[..., Any], later: Callable[..., Any]) -> dict[str, Any] | None:
+    """The global, by its name, over which attention may turn q and k itself; None if it is not ours there.
+
+    Args:
+        forward: one bound by this file.
+        later: takes our function, q, k, cos, sin and ``interleaved`` and returns what stands for q and k;
+            it is called where `apply_rope` would be, with the heads before the tokens.
+    """
+    if not is_bound(forward):
+        return None
+    turn = forward.__globals__[_NAME]  # type: ignore[attr-defined]
+    rotation: _Rotation = getattr(turn, _ROTATION)
+    if rotation.unsqueeze_dims[0] != 1:
+        return None
+
+    def apply_rotary_pos_emb(
+        q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        if args or kwargs or _unusual(q, k, cos, sin, 2, rotation.partial) is not None:
+            return turn(q, k, cos, sin, *args, **kwargs)  # type: ignore[no-any-return, misc]
+        if (q.dtype, cos.dtype) not in rotation.keep_dtype:
+            return turn(q, k, cos, sin)  # type: ignore[no-any-return, misc]
+        return later(turn, q, k, cos, sin, rotation.interleaved)  # type: ignore[no-any-return]
+
+    return {_NAME: apply_rotary_pos_emb}
 
 
 def _lack(cls: type[nn.Module]) -> str | None:
     """Why a class's forward cannot be bound over other globals, or None."""
-    forward = cls.forward
-    plain = inspect.unwrap(forward)
-    if not isinstance(plain, types.FunctionType) or not _calls_by_name(plain):
-        return f"its forward does not call {_NAME}"
-    if plain is not forward:
-        return f"its forward is wrapped, and {_NAME} is called inside"
-    if not isinstance(plain.__globals__.get(_NAME), types.FunctionType):
+    reason = scope.lack(cls, _NAME)
+    if reason is None and not isinstance(cls.forward.__globals__.get(_NAME), types.FunctionType):
         return f"{_NAME} is not a plain function there"
-    return None
-
-
-def _calls_by_name(function: types.FunctionType) -> bool:
-    if _NAME not in function.__code__.co_names:
-        return False
-    instructions = dis.get_instructions(function)
-    return any(i.opname == "LOAD_GLOBAL" and i.argval == _NAME for i in instructions)
-
-
-def _is_called_attention(module: nn.Module) -> bool:
-    called = type(module).__name__.lower()
-    return (
-        any(word in called for word in _CALLED_ATTENTION)
-        and next(module.parameters(), None) is not None
-        and all(_lack(type(inner)) is not None for inner in module.modules())
-    )
+    return reason
 
 
 def _build(
@@ -111,24 +120,10 @@ def _build(
         found = probe.recall(_probed, key, partial(_probe, original), weight.device)
         if isinstance(found, str):
             return f"{original.__module__}.{_NAME} is another rotation: {found}"
-        copies[forward] = _with_global(forward, _replacement(original, found, report))
+        copies[forward] = scope.with_globals(
+            forward, {_NAME: _replacement(original, found, report)}
+        )
     return OP, copies[forward]
-
-
-def _with_global(
-    forward: types.FunctionType, replacement: Callable[..., Any]
-) -> types.FunctionType:
-    """A copy of a function for which one global is another."""
-    scope = {**forward.__globals__, _NAME: replacement}
-    # torch.compile looks the globals of a module that has a name up in that module.
-    del scope["__name__"]
-    copy = types.FunctionType(
-        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    copy.__dict__.update(forward.__dict__)
-    copy.__module__, copy.__qualname__ = forward.__module__, forward.__qualname__
-    return copy
 
 
 def _replacement(
@@ -161,6 +156,7 @@ def _replacement(
         report.fall_back(OP, unusual)
         return original(q, k, cos, sin, *args, **kwargs)
 
+    setattr(apply_rotary_pos_emb, _ROTATION, rotation)
     return apply_rotary_pos_emb
 
 

@@ -299,7 +299,7 @@ def test_instances_of_one_activation_class_are_told_apart() -> None:
 def test_an_activation_inside_a_gated_mlp_is_not_counted_twice() -> None:
     report = patch_model(tiny_model("gemma2"))
     assert all(name.endswith("mlp") for name in report.installed["glu"])
-    assert not report.skipped
+    assert not any(op == "glu" for op, _ in report.skipped)
 
 
 def test_a_mlp_of_another_kind_is_named() -> None:

@@ -142,8 +142,10 @@ def test_an_unknown_model_trains_and_is_told_what_did_not_match(tmp_path: Path) 
     report = trainer.barq_report
     assert counts(report) == {"layer_norm": 1, "glu": 1}
     assert report.installed["glu"] == ["plain.1"]
-    reasons = {name: why for (_, why), names in report.skipped.items() for name in names}
+    skipped = [((op, name), why) for (op, why), names in report.skipped.items() for name in names]
+    reasons = {name: why for (op, name), why in skipped if op != "rope"}
     assert reasons["unit_norm"] == "it has no weight"
     assert "CubedMLP: what down_proj gets is no SwiGLU or GeGLU" in reasons["mlp"]
-    assert reasons["attention"] == "its forward does not call apply_rotary_pos_emb"
+    assert reasons["attention"] == "its forward does not call ALL_ATTENTION_FUNCTIONS"
+    assert dict(skipped)["rope", "attention"] == "its forward does not call apply_rotary_pos_emb"
     assert "base model cannot be told" in reasons[""]  # the loss

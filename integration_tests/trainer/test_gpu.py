@@ -69,7 +69,8 @@ def test_families(family: str, regime: str, launches: list[str], tmp_path: Path)
         tolerance=tolerance,
         **{"use_cpu": False, **options},
     )
-    assert counts(trainer.barq_report) == LEAF_OPS[family], str(trainer.barq_report)
+    expected = {**LEAF_OPS[family], "attention": 2}
+    assert counts(trainer.barq_report) == expected, str(trainer.barq_report)
     for op in LEAF_OPS[family]:
         assert set(launches) >= KERNELS[op], op
     assert set(launches) >= LOSS
