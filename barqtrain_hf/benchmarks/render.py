@@ -7,6 +7,7 @@ No number in the docs is typed by hand.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -197,6 +198,80 @@ def head_sweep_table(reports: Sequence[Json]) -> list[str]:
     return lines
 
 
+def attention_table(reports: Sequence[Json]) -> list[str]:
+    """Dense attention: time and TFLOP/s of both directions, and speed beside FA2."""
+    lines = [
+        "| causal, bf16 | | forward ms | TFLOP/s | beside FA2 | backward ms | TFLOP/s | beside FA2 |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    rows = (_part(reports, part, lambda row: str(row["shape"])) for part in ("dense", "short"))
+    for row, case in itertools.chain.from_iterable(rows):
+        cells = [_unavailable(row), *[""] * 5]
+        if "unavailable" not in row:
+            cells = []
+            for direction in ("forward", "backward"):
+                share = row.get(f"{direction}_of_rival")
+                cells += [_device_ms(row, direction), f"{row[f'{direction}_tflops']:.0f}"]
+                cells.append("" if share is None else f"{1 / share:.2f}×")
+        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
+    return lines
+
+
+def packed_attention_table(reports: Sequence[Json]) -> list[str]:
+    """Packed documents: time of a forward call and of both directions, beside flex_attention's."""
+    lines = [
+        "| packed, bf16 | | forward ms | of flex | forward + backward ms | of flex | TFLOP/s |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row, case in _part(reports, "packed", lambda row: str(row["shape"])):
+        cells = [_unavailable(row), *[""] * 4]
+        if "unavailable" not in row:
+            cells = []
+            for direction in ("forward", "forward_backward"):
+                share = row.get(f"{direction}_of_rival")
+                cells.append(_device_ms(row, direction))
+                cells.append("" if share is None else f"{share:.2f}×")
+            cells.append(f"{row['forward_backward_tflops']:.0f}")
+        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
+    return lines
+
+
+def attention_memory_table(reports: Sequence[Json]) -> list[str]:
+    """MiB that a call takes beyond result and gradients."""
+    lines = [
+        "| bf16 | | LSE, MiB | forward keeps beside the result | peak beside it "
+        "| backward's peak beside the gradients |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    keys = ("lse_bytes", "forward_kept_bytes", "forward_peak_bytes", "backward_workspace_bytes")
+    for row, case in _part(reports, "memory", lambda row: str(row["shape"])):
+        cells = [_unavailable(row), *[""] * 3]
+        if "unavailable" not in row:
+            cells = [f"{row[key] / 2**20:.2f}" for key in keys]
+        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
+    return lines
+
+
+def attention_accuracy_table(reports: Sequence[Json]) -> list[str]:
+    """Relative errors against fp64 of ours and of FA2."""
+    lines = ["| causal | | ours | FA2 | ours / FA2 |", "|---|---|---:|---:|---:|"]
+    for row, case in _part(reports, "accuracy", lambda row: f"{row['shape']}, {row['dtype']}"):
+        cells = [_unavailable(row), *[""] * 3]
+        if "unavailable" not in row:
+            errors = (f"{row[name]:.2e}" for name in ("ours", "flash"))
+            cells = [row["tensor"], *errors, f"{row['ratio']:.2f}"]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
+
+
+def _device_ms(row: Json, direction: str) -> str:
+    """A time and half the width of the middle half of its rounds."""
+    time = row[f"{direction}_ms"]
+    spread = (time["quartile_3"] - time["quartile_1"]) / 2 / time["median"]
+    host = " (with host)" if f"{direction}_rounds_with_host" in row else ""
+    return f"{time['median']:.3f} ± {spread:.1%}{host}"
+
+
 def row_kernel_table(reports: Sequence[Json]) -> list[str]:
     """The kernels between the products: their bandwidth beside a copy's."""
     lines = ["| rows × V, bf16 | kernel | ms | TB/s | of copy |", "|---|---|---:|---:|---:|"]
@@ -294,6 +369,10 @@ TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
     "bars": bars_table,
     "host": host_table,
     "op_accuracy": op_accuracy_table,
+    "attention": attention_table,
+    "packed_attention": packed_attention_table,
+    "attention_memory": attention_memory_table,
+    "attention_accuracy": attention_accuracy_table,
     "launch": launch_table,
     "linear_cross_entropy": linear_cross_entropy_table,
     "head_accuracy": head_accuracy_table,
@@ -306,12 +385,21 @@ TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
 
 
 def render(text: str, root: Path) -> str:
-    """``text`` with every marked table made anew from the files it names, relative to ``root``."""
+    """``text`` with every marked table made anew from the files it names, relative to ``root``.
+
+    A file that is not there yet is named below the table, which is made of the others.
+    """
 
     def table(match: re.Match[str]) -> str:
-        opening, name, files, closing = match.groups()
-        records = [json.loads((root / file).read_text(encoding="utf-8")) for file in files.split()]
-        return opening + "\n".join(TABLES[name](records)) + "\n" + closing
+        opening, name, names, closing = match.groups()
+        files = [root / file for file in names.split()]
+        there = [file for file in files if file.exists()]
+        records = [json.loads(file.read_text(encoding="utf-8")) for file in there]
+        lines = TABLES[name](records) if records else []
+        missing = ", ".join(f"`{file.name}`" for file in files if file not in there)
+        if missing:
+            lines += [*([""] if lines else []), f"Not measured yet: {missing}."]
+        return opening + "\n".join(lines) + "\n" + closing
 
     return _BLOCK.sub(table, text)
 

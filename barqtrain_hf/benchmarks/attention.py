@@ -1,0 +1,332 @@
+"""Causal attention beside all rivals: dense and packed, host time, memory, errors, and the bars.
+
+All times are of the device, for every implementation alike: some milliseconds of calls, forward or backward
+through autograd, are queued while the device waits, so that the host's work is not in them (a row says in how
+many rounds it may be). Implementations take turns, one of each per round: a drift of the card's clock meets
+all. CUDA graphs would do as well, but ours refuses documents in them. TFLOP/s count 4·H·D operations for each
+pair of a query and a key that it sees, T² / 2 per document, forward, and 2.5 times as many backward. Every
+implementation's result and gradients are compared with PyTorch's before it is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from barqtrain_hf.benchmarks import attention_anchors as anchors
+from barqtrain_hf.benchmarks import elementwise
+from barqtrain_hf.benchmarks.attention_cases import (
+    AUTO,
+    DENSE,
+    ERRORS,
+    HOST,
+    PACKED,
+    SHORT,
+    Candidates,
+    Case,
+    candidates,
+)
+from barqtrain_hf.benchmarks.elementwise import OURS
+from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors, reason
+from barqtrain_hf.benchmarks.harness import Report, Timing
+from barqtrain_hf.ops._backend import Backend
+
+# Microseconds of host time of a forward call, and errors beside FA2's.
+HOST_BAR, ERROR_BAR = 25.0, 1.25
+
+# Rounds, the device time of one turn, and the device's cycles in a millisecond, more or less.
+_ROUNDS, _MILLISECONDS, _CYCLES = 20, 4.0, 2e6
+# Milliseconds; a call that itself waits for the device is late after any.
+_LONGEST_WAIT = 50.0
+# Bytes by which the allocator may round what a call keeps.
+_ROUNDING = 4096
+
+
+def run(
+    dense: Sequence[Case] = (*DENSE, *SHORT),
+    packed: Sequence[Case] = PACKED,
+    host: Case = HOST,
+    errors: Sequence[Case] = ERRORS,
+) -> Report:
+    """Measures every implementation at every shape."""
+    report = Report("attention")
+    for case in (*dense, *packed):
+        chosen = candidates(case)
+        _measure_case(report, case, chosen)
+        _measure_memory(report, case, chosen)
+        del chosen
+        elementwise._forget()
+    _measure_host(report, host, candidates(host, flex=False))
+    elementwise._forget()
+    for case in errors:
+        measure_errors(report, case)
+    judge(report)
+    return report
+
+
+def _measure_case(report: Report, case: Case, chosen: Candidates) -> None:
+    """Time and TFLOP/s of each implementation, and its time beside the rival's that the bar names."""
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    rows: dict[str, dict[str, Any]] = {}
+    available = check(chosen, inputs, rows)
+    prepare = {"forward": _forward}
+    prepare |= {"forward_backward": _both} if case.lengths else {"backward": _backward}
+    for direction, of in prepare.items():
+        calls = {name: of(implementation, inputs) for name, implementation in available.items()}
+        for name, row in interleave(calls).items():
+            if "unavailable" in row:
+                rows[name].update(row)
+                continue
+            ms = row.pop("ms")
+            rows[name][f"{direction}_ms"] = ms
+            rows[name][f"{direction}_tflops"] = case.tflops(direction, ms.median)
+            rows[name].update({f"{direction}_{key}": value for key, value in row.items()})
+    rows.update({name: {"unavailable": why} for name, why in chosen.missing.items()})
+    rival = anchors.FLEX if case.lengths else anchors.FLASH
+    for name, row in rows.items():
+        for direction in prepare:
+            ms, other = row.get(f"{direction}_ms"), rows.get(rival, {}).get(f"{direction}_ms")
+            if ms and other:
+                row[f"{direction}_of_rival"] = ms.median / other.median
+        columns = {"part": case.part, "shape": str(case), "implementation": name, "rival": rival}
+        elementwise._add(report, **columns, **row, flex_bar=case.flex_bar)
+
+
+def check(
+    chosen: Candidates, inputs: Tensors, rows: dict[str, dict[str, Any]]
+) -> dict[str, Implementation]:
+    """Those that compute the same as PyTorch, with a row begun; the rows of the others say why not."""
+    available = {}
+    ours = None
+    for name, implementation in chosen.found.items():
+        try:
+            nodes = _nodes(implementation.call(*inputs))
+            if name == AUTO and nodes == ours:
+                continue  # the same kernel by another name
+            expected = elementwise._results(chosen.stock_of(name), inputs)
+            elementwise._check(elementwise._results(implementation, inputs), expected)
+        except Exception as error:
+            # A kernel that does not build, a limit of its own, no memory: the row says so.
+            rows[name] = {"unavailable": reason(error)}
+            continue
+        available[name], rows[name] = implementation, {}
+        if name == OURS:
+            ours = nodes
+        if name == AUTO:
+            rows[name] = {"runs": ", ".join(sorted(nodes))}
+    return available
+
+
+def _nodes(out: torch.Tensor) -> set[str]:
+    """Names of the autograd nodes that made a result: which path a call took."""
+    names, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None:
+            names.add(node.name())
+            todo += [parent for parent, _ in node.next_functions]
+    return names
+
+
+def _forward(implementation: Implementation, inputs: Tensors) -> Callable[[], Any]:
+    return partial(implementation.call, *inputs)
+
+
+def _backward(implementation: Implementation, inputs: Tensors) -> Callable[[], Any]:
+    out = implementation.call(*inputs)
+    upstream = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+
+
+def _both(implementation: Implementation, inputs: Tensors) -> Callable[[], Any]:
+    upstream = torch.randn_like(implementation.call(*inputs))
+    return lambda: torch.autograd.grad(implementation.call(*inputs), inputs, upstream)
+
+
+def interleave(calls: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
+    """Milliseconds per call of each, from rounds in which every one has its turn; or why there are none."""
+    rows: dict[str, dict[str, Any]] = {}
+    numbers, waits = {}, {}
+    for name, call in calls.items():
+        try:
+            device_ms, host_ms = _once(call)
+        except Exception as error:  # as in check
+            rows[name] = {"unavailable": reason(error)}
+            continue
+        numbers[name] = min(max(round(_MILLISECONDS / device_ms), 1), 20)
+        waits[name] = 0.2 + 1.5 * host_ms * numbers[name]
+    samples: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
+        name: [] for name in numbers
+    }
+    with_host = dict.fromkeys(numbers, 0)
+    for turn in range(_ROUNDS + 1):
+        for name, number in numbers.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(round(waits[name] * _CYCLES))
+            start.record()
+            for _ in range(number):
+                calls[name]()
+            # Had the wait ended before all calls were queued, the device may have waited for the host.
+            late = start.query()
+            end.record()
+            if late:
+                waits[name] = min(2 * waits[name], _LONGEST_WAIT)
+            if turn:  # the first round warms up
+                samples[name].append((start, end))
+                with_host[name] += late
+    torch.cuda.synchronize()
+    for name, events in samples.items():
+        ms = [start.elapsed_time(end) / numbers[name] for start, end in events]
+        rows[name] = {"ms": Timing.of(ms)}
+        if with_host[name]:
+            rows[name]["rounds_with_host"] = with_host[name]
+    return rows
+
+
+def _once(call: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of an eager call after two others, with its host's work and of the host alone."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    call()
+    torch.cuda.synchronize()
+    before = time.perf_counter()
+    start.record()
+    call()
+    end.record()
+    host = time.perf_counter() - before
+    end.synchronize()
+    return max(start.elapsed_time(end), 1e-3), host * 1e3
+
+
+def _measure_memory(report: Report, case: Case, chosen: Candidates) -> None:
+    """Bytes of a forward call beyond its result, and of a backward call beyond the gradients."""
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    lse = 4 * case.heads * case.batch * case.tokens
+    for name in (OURS, anchors.FLASH, anchors.CUDNN, anchors.VARLEN):
+        if name in chosen.found:
+            columns = {"part": "memory", "shape": str(case), "implementation": name}
+            try:
+                row = _memory(chosen.found[name], inputs)
+            except Exception as error:  # as in check
+                row = {"unavailable": reason(error)}
+            elementwise._add(report, **columns, lse_bytes=lse, **row)
+
+
+def _memory(implementation: Implementation, inputs: Tensors) -> dict[str, Any]:
+    _both(implementation, inputs)()  # compiles, and allocates what stays
+    before = _reset_peak()
+    out = implementation.call(*inputs)
+    kept = torch.cuda.memory_allocated() - before - out.nbytes
+    peak = torch.cuda.max_memory_allocated() - before - out.nbytes
+    upstream = torch.randn_like(out)
+    before = _reset_peak()
+    gradients = torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+    workspace = torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in gradients)
+    return {
+        "forward_kept_bytes": kept,
+        "forward_peak_bytes": peak,
+        "backward_workspace_bytes": workspace,
+    }
+
+
+def _reset_peak() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return int(torch.cuda.memory_allocated())
+
+
+def _measure_host(report: Report, case: Case, chosen: Candidates) -> None:
+    """Microseconds per iteration where the device waits for the host; boundaries are known already."""
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    columns = {"part": "host", "op": "attention", "shape": str(case)}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, implementation in check(chosen, inputs, rows).items():
+        try:
+            rows[name].update(elementwise._host_times(implementation, inputs, inputs))
+        except Exception as error:  # as in check
+            rows[name] = {"unavailable": reason(error)}
+    rows.update({name: {"unavailable": why} for name, why in chosen.missing.items()})
+    for name, row in rows.items():
+        elementwise._add(report, **columns, implementation=name, **row)
+
+
+def measure_errors(
+    report: Report, case: Case, backend: Backend = "cuda", device: str = "cuda"
+) -> None:
+    """Adds ‖x − x64‖ / ‖x64‖ of ours and of FA2 for the result and the gradients, in both 16-bit dtypes."""
+    found = candidates(case, backend, device).found
+    exact = Implementation(anchors.by_document((case.tokens,)).call)
+    for dtype in (torch.bfloat16, torch.float16):
+        inputs = case.inputs(dtype, device)
+        wide = tuple(t.detach().double().requires_grad_() for t in inputs)
+        expected = elementwise._results(exact, wide, dtype)
+        columns = {"part": "accuracy", "shape": str(case)}
+        columns["dtype"] = str(dtype).removeprefix("torch.")
+        try:
+            ours, flash = (
+                elementwise._errors(elementwise._results(found[name], inputs), expected)
+                for name in (OURS, anchors.FLASH)
+            )
+        except Exception as error:  # as in check
+            elementwise._add(report, **columns, unavailable=reason(error))
+            continue
+        for tensor, one, other in zip(("out", "dq", "dk", "dv"), ours, flash, strict=True):
+            ratio = one / other
+            elementwise._add(report, **columns, tensor=tensor, ours=one, flash=other, ratio=ratio)
+
+
+def judge(report: Report) -> None:
+    """Adds the bars: in how many of the cases each is met, and the worst of them as a share of the limit.
+
+    A case that could not be measured, or without its rival, does not meet its bar.
+    """
+    bars: dict[str, list[float | None]] = {}
+    for row in report.rows:
+        if "implementation" in row and row["implementation"] != OURS:
+            continue
+        if row["part"] == "dense":
+            bar = bars.setdefault("forward and backward at least FA2's TFLOP/s", [])
+            bar += [row.get(f"{direction}_of_rival") for direction in ("forward", "backward")]
+        elif row["part"] == "packed":
+            share = row.get("forward_backward_of_rival")
+            name = f"{row['shape']}: at most {row['flex_bar']} of flex_attention's time"
+            bars[name] = [share and share / row["flex_bar"]]
+            bar = bars.setdefault("packed: faster than FA2 after a RoPE kernel", [])
+            bar.append(_of_varlen(report, row))
+        elif row["part"] == "host":
+            time = row.get("forward_us")
+            bars[f"host time of a forward call at most {HOST_BAR:.0f} µs"] = [
+                time and time["median"] / HOST_BAR
+            ]
+        elif row["part"] == "memory":
+            bar = bars.setdefault("a forward call takes no memory but result and LSE", [])
+            peak = row.get("forward_peak_bytes")
+            bar.append(None if peak is None else peak / (row["lse_bytes"] + _ROUNDING))
+        elif row["part"] == "accuracy":
+            bar = bars.setdefault(f"errors at most {ERROR_BAR} times FA2's", [])
+            ratio = row.get("ratio")
+            bar.append(ratio and ratio / ERROR_BAR)
+    for name, shares in bars.items():
+        met = sum(share is not None and share <= 1 for share in shares)
+        worst = max((share for share in shares if share is not None), default=None)
+        columns: dict[str, Any] = {"of": len(shares), "met": met, "all_met": met == len(shares)}
+        report.add(part="bars", bar=name, **columns, worst_share_of_limit=worst)
+
+
+def _of_varlen(report: Report, ours: dict[str, Any]) -> float | None:
+    """Our time beside that of the faster of the ways to call torch's varlen attention after RoPE."""
+    times = [
+        row["forward_backward_ms"]["median"]
+        for row in report.rows
+        if row.get("shape") == ours["shape"]
+        and row.get("implementation", "").endswith(anchors.AFTER_ROPE)
+        and row["implementation"].startswith(anchors.VARLEN)
+        and "forward_backward_ms" in row
+    ]
+    if not times or "forward_backward_ms" not in ours:
+        return None
+    return float(ours["forward_backward_ms"]["median"] / min(times))
