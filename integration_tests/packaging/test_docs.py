@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
 
 from barqtrain_hf.benchmarks.render import render
 
@@ -35,3 +40,24 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    model.save_pretrained("model")
+    tokens, heads, size = 12, 4, 8
+    q, k, v, cos, sin = torch.randn(5, 1, tokens, heads, size)
+    scope: dict[str, Any] = {
+        **{"model": model, "name": "model", "q": q, "k": k, "v": v},
+        "documents": [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 9,
+        **{"cos": cos[:, :, 0], "sin": sin[:, :, 0]},
+        "cu_seqlens": torch.tensor([0, 5, tokens], dtype=torch.int32),
+    }
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text("utf-8"), re.DOTALL | re.M)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec(block.replace("bf16=True", "use_cpu=True"), scope)
+    assert scope["trainer"].state.global_step > 0 and scope["trainer"].barq_report.installed
+    assert scope["model"].config._attn_implementation == "barq"
+    assert scope["out"].shape == q.shape
