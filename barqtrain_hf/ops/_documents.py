@@ -6,6 +6,7 @@ is not changed in place, so that a batch costs one device sync and a layer none.
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ class _Documents(NamedTuple):
 
 
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# The tensor asked for last and what is known of it: the layers of a model ask for one after another, and a
+# lookup in the dictionary costs each of them some microseconds.
+_last: tuple[weakref.ref[torch.Tensor] | None, _Documents | None] = (None, None)
 
 
 def documents(cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
@@ -66,12 +70,17 @@ def _find(cu_seqlens: torch.Tensor, tokens: int) -> _Documents:
             "batch it is captured with;",
             "capture without cu_seqlens, or leave attention out of the graph.",
         )
+    global _last
     # Tensors of inference mode do not say when they change, so they are read each time.
     version = -1 if cu_seqlens.is_inference() else cu_seqlens._version
-    found = _read.get(cu_seqlens)
+    reference, found = _last
+    if reference is None or reference() is not cu_seqlens:
+        found = _read.get(cu_seqlens)
     if found is None or found.version != version or version < 0:
         found = _checked(_to_host(cu_seqlens), version)
         _read[cu_seqlens] = found
+    if found is not _last[1]:
+        _last = weakref.ref(cu_seqlens), found
     end = found.boundaries[-1]
     if end != tokens:
         raise ArgumentError(
