@@ -341,3 +341,11 @@ def test_many_layers_are_probed_once(monkeypatch: pytest.MonkeyPatch, anywhere: 
     assert counts(report)["attention"] == 6 and len(asked) == 1
     patch_model(model_of("llama", num_hidden_layers=6), ONLY_ATTENTION)
     assert len(asked) == 1
+
+
+def test_what_autocast_computes_in_must_be_probed() -> None:
+    q = torch.zeros(1, 2, 4, 8)
+    arguments = (q, q, q, None, frozenset({torch.float32}), {})
+    assert attention_interface._unusual(*arguments) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "not probed" in str(attention_interface._unusual(*arguments))
