@@ -1,9 +1,9 @@
 """Where PyTorch's attention is faster than ours for dense rows: the one place that says so.
 
-By docs/benchmarks/h200/attention.json: on Hopper cuDNN's kernel, which uses the tensor cores through wgmma as
-ours does not, takes half to nine tenths of our time at 64 and 128 dimensions a head. It plans each new length
-anew, for some 170 ms, so that it is left to lengths that return: rows cut or padded to a size. Packed rows,
-windows and capped scores are always ours.
+`python -m barqtrain_hf.benchmarks attention` measures it: on an H200 cuDNN's kernel, which uses the
+tensor cores through wgmma as ours does not, takes half to nine tenths of our time at 64 and 128
+dimensions a head. It plans each new length anew, for some 170 ms, so that it is left to lengths that
+return: rows cut or padded to a size. Packed rows, windows and capped scores are always ours.
 """
 
 from __future__ import annotations
