@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the passes of attention share: tiles of documents in shared memory, and which keys a query sees.
 #pragma once
+#include "fast_math.cuh"
 #include "mma.cuh"
 
 // Rows of a tile in shared memory lie 16 bytes further apart than they are long, so that the eight rows which
@@ -151,6 +152,19 @@ __device__ __forceinline__ void multiply_rows(float (&c0)[M][N2][4], unsigned a0
   }
 }
 
+// Sixteen columns of C, from 16 * d on, += A B: A as fragments, B in shared memory by rows.
+template <typename T, int M, int N>
+__device__ __forceinline__ void multiply_columns(float (&c)[M][N][4], int d, const unsigned (&a)[M][4],
+                                                 unsigned b_at) {
+  unsigned b[4];
+  load_matrices_transposed(b, b_at);
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+    mma<T>(c[i][2 * d], a[i], b[0], b[1]);
+    mma<T>(c[i][2 * d + 1], a[i], b[2], b[3]);
+  }
+}
+
 // C += A B: A another product's result, rounded here, and B in shared memory by rows of D.
 template <int D, typename T, int M, int N, int N2>
 __device__ __forceinline__ void multiply_scores(float (&c)[M][N2][4], const float (&a)[M][N][4],
@@ -164,15 +178,8 @@ __device__ __forceinline__ void multiply_scores(float (&c)[M][N2][4], const floa
       for (int h = 0; h < 4; ++h)
         x[i][h] = pack_pair<T>(a[i][2 * j + h / 2][h % 2 * 2], a[i][2 * j + h / 2][h % 2 * 2 + 1]);
 #pragma unroll
-    for (int d = 0; d < D / 16; ++d) {
-      unsigned b[4];
-      load_matrices_transposed(b, b_at + (j * 16 * kPitch<D> + d * 16) * sizeof(T));
-#pragma unroll
-      for (int i = 0; i < M; ++i) {
-        mma<T>(c[i][2 * d], x[i], b[0], b[1]);
-        mma<T>(c[i][2 * d + 1], x[i], b[2], b[3]);
-      }
-    }
+    for (int d = 0; d < D / 16; ++d)
+      multiply_columns<T>(c, d, x, b_at + (j * 16 * kPitch<D> + d * 16) * sizeof(T));
   }
 }
 
@@ -181,7 +188,6 @@ template <bool FIRST, bool SECOND, int D, typename T, int M, int N, int D0, int 
 __device__ __forceinline__ void multiply_words(float (&c0)[M][D0][4], const unsigned (&a0)[M][N][2],
                                                unsigned b0, float (&c1)[M][D1][4],
                                                const unsigned (&a1)[M][N][2], unsigned b1) {
-  constexpr int kP = kPitch<D>;
 #pragma unroll
   for (int j = 0; j < N / 2; ++j) {
     unsigned x[M][4], y[M][4];
@@ -194,23 +200,9 @@ __device__ __forceinline__ void multiply_words(float (&c0)[M][D0][4], const unsi
       }
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
-      unsigned b[4];
-      if constexpr (FIRST) {
-        load_matrices_transposed(b, b0 + (j * 16 * kP + d * 16) * sizeof(T));
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-          mma<T>(c0[i][2 * d], x[i], b[0], b[1]);
-          mma<T>(c0[i][2 * d + 1], x[i], b[2], b[3]);
-        }
-      }
-      if constexpr (SECOND) {
-        load_matrices_transposed(b, b1 + (j * 16 * kP + d * 16) * sizeof(T));
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-          mma<T>(c1[i][2 * d], y[i], b[0], b[1]);
-          mma<T>(c1[i][2 * d + 1], y[i], b[2], b[3]);
-        }
-      }
+      const unsigned at = (j * 16 * kPitch<D> + d * 16) * sizeof(T);
+      if constexpr (FIRST) multiply_columns<T>(c0, d, x, b0 + at);
+      if constexpr (SECOND) multiply_columns<T>(c1, d, y, b1 + at);
     }
   }
 }
@@ -219,7 +211,6 @@ __device__ __forceinline__ void multiply_words(float (&c0)[M][D0][4], const unsi
 template <bool FIRST, bool SECOND, int D, int PITCH, int GROUPS, typename T, int M, int D0, int D1>
 __device__ __forceinline__ void multiply_tiles(float (&c0)[M][D0][4], unsigned a0, unsigned b0,
                                                float (&c1)[M][D1][4], unsigned a1, unsigned b1) {
-  constexpr int kP = kPitch<D>;
 #pragma unroll
   for (int j = 0; j < GROUPS; ++j) {
     unsigned x[M][4], y[M][4];
@@ -230,23 +221,9 @@ __device__ __forceinline__ void multiply_tiles(float (&c0)[M][D0][4], unsigned a
     }
 #pragma unroll
     for (int d = 0; d < (FIRST ? D0 : D1) / 2; ++d) {
-      unsigned b[4];
-      if constexpr (FIRST) {
-        load_matrices_transposed(b, b0 + (j * 16 * kP + d * 16) * sizeof(T));
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-          mma<T>(c0[i][2 * d], x[i], b[0], b[1]);
-          mma<T>(c0[i][2 * d + 1], x[i], b[2], b[3]);
-        }
-      }
-      if constexpr (SECOND) {
-        load_matrices_transposed(b, b1 + (j * 16 * kP + d * 16) * sizeof(T));
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-          mma<T>(c1[i][2 * d], y[i], b[0], b[1]);
-          mma<T>(c1[i][2 * d + 1], y[i], b[2], b[3]);
-        }
-      }
+      const unsigned at = (j * 16 * kPitch<D> + d * 16) * sizeof(T);
+      if constexpr (FIRST) multiply_columns<T>(c0, d, x, b0 + at);
+      if constexpr (SECOND) multiply_columns<T>(c1, d, y, b1 + at);
     }
   }
 }
@@ -336,5 +313,5 @@ __device__ __forceinline__ void store_turned_back(T* rows, int stride, int first
 
 // tanh by exp2: its absolute error of some 1e-7 is what counts for a score. The fast instruction has 5e-4.
 __device__ __forceinline__ float tanh_exact(float x) {
-  return 1.f - __fdividef(2.f, 1.f + exp2_approx(2.8853900818f * x));
+  return 1.f - __fdividef(2.f, 1.f + exp2_fast(2.f * kLog2e * x));
 }

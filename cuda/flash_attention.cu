@@ -23,7 +23,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                     int row_length,    // tokens of a row of the batch, or 0 if all documents are in one row
                     int heads, int group, int dim, float scale, float softcap, int causal, int window) {
   constexpr int kThreads = 32 * WARPS, kM = BM / (16 * WARPS), kN = BN / 8, kD = D / 8, kP = kPitch<D>;
-  constexpr float kLog2e = 1.4426950408889634f;
   extern __shared__ __align__(16) unsigned char shared[];
   T* q_tile = reinterpret_cast<T*>(shared);
   const unsigned q_at = shared_address(q_tile), k_at = q_at + BM * kP * sizeof(T),
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         // A row that has seen no key yet: any finite maximum gives it zeros.
         const float base = top == -kInfinity ? 0.f : top * slope;
         // One, exactly, where the maximum stays: a rounding of it would be repeated in every tile.
-        shrink[m][h] = top == most[m][h] ? 1.f : exp2_approx((most[m][h] - top) * slope);
+        shrink[m][h] = top == most[m][h] ? 1.f : exp2_fast((most[m][h] - top) * slope);
         moved |= top != most[m][h];
         most[m][h] = top;
         float total = 0.f;
@@ -108,7 +107,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         for (int j = 0; j < kN; ++j)
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[m][j][e] = exp2_approx(s[m][j][e] * slope - base);
+            s[m][j][e] = exp2_fast(s[m][j][e] * slope - base);
             total += s[m][j][e];
           }
         sum[m][h] = sum[m][h] * shrink[m][h] + total;

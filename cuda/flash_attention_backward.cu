@@ -13,8 +13,6 @@
 // that starts after it. The last of them has the sum, turns it back and stores it.
 #include "attention.cuh"
 
-constexpr float kLog2e = 1.4426950408889634f;
-
 // What a row of scores needs beside them: the forward pass's log of their sum, and the sum over the head of dO
 // times O. Also zeros for the turns.
 template <typename T, int LANES>
@@ -104,7 +102,7 @@ __device__ __forceinline__ void probabilities(const float (&s)[M][N][4], const f
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const float score = s[i][j][2 * h + e];
-          p[e] = exp2_approx(score * slope - (e ? both.z : both.x));
+          p[e] = exp2_fast(score * slope - (e ? both.z : both.x));
           if constexpr (NEED_DS) {
             ds[e] = p[e] * (dp[i][j][2 * h + e] - (e ? both.w : both.y));
             if (CAPPED) ds[e] = p[e] > 0.f ? ds[e] * (1.f - score * score) : 0.f;

@@ -24,6 +24,7 @@
 // instantiate: glu_backward<{__half,__nv_bfloat16},{0,1,2},true,{8,1}>
 // instantiate: glu_backward<float,{1,2},false,{4,1}>
 // instantiate: glu_backward<{__half,__nv_bfloat16},{1,2},false,{8,1}>
+#include "fast_math.cuh"
 #include "keep.cuh"
 
 constexpr int kBackwardThreads = 256;
@@ -32,17 +33,6 @@ template <int ACTIVATION>
 constexpr int kForwardThreads = ACTIVATION == kGelu ? 256 : 1024;
 template <int ACTIVATION>
 constexpr int kForwardVectors = ACTIVATION == kGelu ? 2 : 1;
-
-// 2^x and 1 / x as the hardware has them, one instruction each: without ftz they would be four.
-__device__ __forceinline__ float exp2_fast(float x) {
-  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-__device__ __forceinline__ float reciprocal_fast(float x) {
-  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
-  return x;
-}
-constexpr float kLog2e = 1.4426950408889634f;
 
 // x times the sigmoid s of z, with s and s * (1 - s). z is in units of kUnit, which spares the exponential a
 // multiplication.
