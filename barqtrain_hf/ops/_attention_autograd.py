@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from barqtrain_hf.errors import UnsupportedError
-from barqtrain_hf.ops import _attention_kernels
-from barqtrain_hf.ops._attention_kernels import Angles, Gradients
+from barqtrain_hf.ops import _attention_kernels, _attention_tilings
+from barqtrain_hf.ops._attention_kernels import Gradients, Kept
 from barqtrain_hf.ops._attention_torch import attend
-from barqtrain_hf.ops._documents import longest
+
+# cos, sin and interleaved.
+Angles = tuple[torch.Tensor, torch.Tensor, bool]
 
 
 def unsupported(
@@ -28,7 +31,7 @@ def unsupported(
             return f"q is {q.dtype} and cos {cos.dtype}; cast cos and sin to it or to float32."
         if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
             return "cos or sin needs gradients."
-    return _attention_kernels.unsupported(q)
+    return _attention_tilings.unsupported(q.dtype, q.shape[3], device)
 
 
 def apply(
@@ -50,8 +53,8 @@ def apply(
         tensors = (q, k, v, cos, sin, cu_seqlens)
         return torch.ops.barq.flash_attention(*tensors, *numbers)[0]  # type: ignore[no-any-return]
     # Outside the Function, so that autograd knows of the copies it may save.
-    inputs = _loadable(q, k, v, cos, sin)
-    return _FlashAttention.apply(*inputs, cu_seqlens, numbers)  # type: ignore[no-any-return]
+    q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
+    return _FlashAttention.apply(q, k, v, (cos, sin, cu_seqlens), numbers)  # type: ignore[no-any-return]
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -61,78 +64,30 @@ class _FlashAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
-        numbers: tuple[Any, ...],  # one argument, since each costs host time
+        others: tuple[Any, ...],  # cos, sin and cu_seqlens: each argument costs host time
+        numbers: tuple[Any, ...],
     ) -> torch.Tensor:
-        out, lse, q, k = _forward(q, k, v, cos, sin, cu_seqlens, *numbers)
-        ctx.save_for_backward(q, k, v, out, lse, cos, sin, cu_seqlens)
+        out, kept = _attention_kernels.forward(q, k, v, *others, *numbers)
+        # Of q and k that are turned, ``kept`` has what the backward pass needs.
+        inputs = (q, k) if others[0] is None else (None, None)
+        ctx.save_for_backward(*inputs, v, out, kept, *others)
         ctx.numbers = numbers
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, lse, cos, sin, cu_seqlens = ctx.saved_tensors
+        saved = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            grads = _backward(dout, q, k, v, out, lse, cos, sin, cu_seqlens, *ctx.numbers)
-        elif cos is None:  # create_graph: the gradient's own graph, by the definition
+            grads = _attention_kernels.backward(_vectors(dout), *saved, *ctx.numbers)
+        elif saved[0] is not None:  # create_graph: the gradient's own graph, by the definition
+            q, k, v, *_, cu_seqlens = saved
             grads = _differentiable(dout, q, k, v, cu_seqlens, *ctx.numbers)
         else:
             raise UnsupportedError(
                 "flash_attention: RoPE inside has no second derivative;",
                 "turn q and k by apply_rope before, or use backend='torch'.",
             )
-        return *grads, None, None, None, None
-
-
-def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output, lse [Hq, B * T], and q and k, turned if there are angles: the backward pass needs these."""
-    if cu_seqlens is not None:
-        longest(cu_seqlens, q.shape[1], max_seqlen)  # checks
-    if not q.numel():
-        return *_outputs(q), q, k
-    if cos is not None and sin is not None:
-        q, k = _attention_kernels.turned(q, k, (cos, sin, interleaved))
-    out, lse = _attention_kernels.forward(q, k, v, cu_seqlens, causal, scale, window, softcap)
-    return out, lse, q, k
-
-
-def _backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    _: int | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    interleaved: bool,
-) -> Gradients:
-    if not q.numel():
-        return _gradients(q, k, v)
-    rope = None if cos is None or sin is None else (cos, sin, interleaved)
-    options = (cu_seqlens, causal, scale, window, softcap, rope)
-    return _attention_kernels.backward(_vectors(dout), q, k, v, out, lse, *options)
+        return *grads, None, None
 
 
 def _differentiable(
@@ -156,31 +111,30 @@ def _loadable(
     sin: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """The inputs as the kernels read them."""
+    pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
+    if pointers % 16 or not _are_vectors(q.stride(), k.stride(), v.stride()):
+        q, k, v = _vectors(q), _vectors(k), _vectors(v)
     if cos is not None and sin is not None:
-        cos, sin = cos.contiguous(), sin.contiguous()
-        if (cos.data_ptr() | sin.data_ptr()) % 16:
-            cos, sin = cos.clone(), sin.clone()
-    return _vectors(q), _vectors(k), _vectors(v), cos, sin
+        cos, sin = _aligned(cos), _aligned(sin)
+    return q, k, v, cos, sin
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:
     """x, copied if its heads are no whole vectors of 16 bytes."""
-    batch, token, head, last = x.stride()
-    if last == 1 and not (x.data_ptr() | 2 * (batch | token | head)) % 16:
+    if _are_vectors(x.stride()) and not x.data_ptr() % 16:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _outputs(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty ones: the output, contiguous, and lse."""
-    batch, tokens, heads, _ = q.shape
-    lse = torch.empty((heads, batch * tokens), dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+@functools.lru_cache(maxsize=1024)
+def _are_vectors(*strides: tuple[int, ...]) -> bool:
+    return all(s[3] == 1 and not (s[0] | s[1] | s[2]) % 8 for s in strides)
 
 
-def _gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    return dq, dk, dv
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, contiguous and in whole vectors."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 # torch.compile traces these instead of the Function above: opaque to it, so no graph break. Documents are
@@ -202,24 +156,17 @@ def _op(
     window: int | None,
     softcap: float | None,
     interleaved: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
     q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
-    out, lse, turned_q, turned_k = _forward(q, k, v, cos, sin, cu_seqlens, *numbers)
-    if cos is None:  # an output may not be an input
-        turned_q, turned_k = q.new_empty(0), k.new_empty(0)
-    elif not q.numel():
-        turned_q, turned_k = q.new_empty(q.shape), k.new_empty(k.shape)
-    return out, lse, turned_q, turned_k
+    return _attention_kernels.forward(q, k, v, cos, sin, cu_seqlens, *numbers)
 
 
 @_op.register_fake
 def _(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, *_: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if cos is None:
-        return *_outputs(q), q.new_empty(0), q.new_empty(0)
-    return *_outputs(q), q.new_empty(q.shape), k.new_empty(k.shape)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _attention_kernels.outputs(q, Kept.of(q.shape, k.shape, cos is not None))
 
 
 @torch.library.custom_op(
@@ -227,11 +174,11 @@ def _(
 )
 def _backward_op(
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    kept: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
@@ -243,23 +190,25 @@ def _backward_op(
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
-    q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
-    return _backward(dout, q, k, v, out, lse, cos, sin, cu_seqlens, *numbers)
+    q, k, dout, v = (None if x is None else _vectors(x) for x in (q, k, dout, v))
+    kept, cos, sin = (None if x is None else _aligned(x) for x in (kept, cos, sin))
+    tensors = (dout, q, k, v, out, kept, cos, sin, cu_seqlens)
+    return _attention_kernels.backward(*tensors, *numbers)  # type: ignore[arg-type]
 
 
 @_backward_op.register_fake
-def _(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Gradients:
-    return _gradients(q, k, v)
+def _(dout: torch.Tensor, q: Any, k: Any, v: torch.Tensor, out: torch.Tensor, *_: Any) -> Gradients:
+    return _attention_kernels.gradients(out, v)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, k, v, *others = inputs
-    out, lse, *turned = output
-    ctx.save_for_backward(*((q, k) if others[0] is None else turned), v, out, lse, *others[:3])
+    turned = others[0] is not None
+    ctx.save_for_backward(*((None, None) if turned else (q, k)), v, *output, *others[:3])
     ctx.numbers = others[3:]
 
 
-def _op_backward(ctx: Any, dout: torch.Tensor, *_: torch.Tensor) -> tuple[Any, ...]:
+def _op_backward(ctx: Any, dout: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
     grads = torch.ops.barq.flash_attention_backward(dout, *ctx.saved_tensors, *ctx.numbers)
     return *grads, *(None,) * 9
 

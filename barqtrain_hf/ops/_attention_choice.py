@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from barqtrain_hf.ops._backend import cached
+from barqtrain_hf.ops._backend import capability
 
 # PyTorch's backends in their order, by compute capability.
 _FASTER = {(9, 0): (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)}
@@ -33,7 +33,7 @@ def sdpa_is_faster(q: torch.Tensor, window: int | None, softcap: float | None) -
         and length % _STEP == 0
         and dim in _DIMS
         and q.dtype is not torch.float32
-        and _capability(q.get_device()) in _FASTER
+        and capability(q.get_device()) in _FASTER
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -42,7 +42,7 @@ def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> torch.Tensor:
     """PyTorch's attention of [B, T, H, D] tensors by the backend that is faster here."""
-    backends = _FASTER[_capability(q.get_device())]
+    backends = _FASTER[capability(q.get_device())]
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(list(backends), set_priority=True):
@@ -50,8 +50,3 @@ def sdpa(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
         )
     return y.transpose(1, 2).contiguous()
-
-
-@cached
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)

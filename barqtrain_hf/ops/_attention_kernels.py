@@ -1,260 +1,337 @@
-"""Launches of the attention kernels: tile shapes, workspaces, RoPE."""
+"""Launches of the attention kernels: buffers, RoPE, and what each layout comes to, found once."""
 
 from __future__ import annotations
 
 import functools
+from math import prod
 from typing import NamedTuple
 
 import torch
 
 from barqtrain_hf.ops._attention_plan import Tiles, View, dense_tiles, packed_tiles
-from barqtrain_hf.ops._backend import CUDA_NAMES, cached
-from barqtrain_hf.ops.rope import rotate
-from barqtrain_hf.runtime import Kernel
+from barqtrain_hf.ops._attention_tilings import Pass, Tiling, tiling
+from barqtrain_hf.ops._backend import CUDA_NAMES
+from barqtrain_hf.ops._rope_kernels import launch as rope_launch
+from barqtrain_hf.ops._rope_kernels import rotate
+from barqtrain_hf.runtime import Kernel, Launch
 
-# cos, sin and interleaved.
-Angles = tuple[torch.Tensor, torch.Tensor, bool]
+# Shape and dtype of cos, and interleaved.
+Angles = tuple[tuple[int, ...], torch.dtype, bool]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Strides = tuple[int, ...]
 
-_PAD = 8  # elements between the rows of a tile in shared memory: kPitch of attention.cuh
 _NO_WINDOW = 2**30
-_TURN_SHIFT = (
-    2  # log2 of the steps that blocks of the backward pass take in one turn at dQ; measured
-)
+_TURN_SHIFT = 2  # log2 of the steps of the backward pass's blocks in one turn at dQ; measured
 _LAYOUT = ("batch", "token", "head")
+_LAYOUTS = 1024  # that are kept
 
 
-class _Tiling(NamedTuple):
-    """Shapes of the tiles for heads of up to ``dim``, as the kernels' template arguments.
+class Kept(NamedTuple):
+    """What the forward pass keeps for the backward pass beside its output, in one buffer of fp32.
+
+    Turned q and k, contiguous, if there are angles, and the log2 of each sum of exp(scores), [Hq, B * T].
+    One buffer, since each costs a microsecond or two to allocate and to save.
 
     Attributes:
-        dim: D.
-        forward: BM queries, BN keys, WARPS, BLOCKS on an SM.
-        backward: BM queries, BN keys, WARPS, of which SPLIT share rows of keys, STAGES of queries, BLOCKS
-            on an SM.
-        parts: launches of the backward pass: 0 makes all gradients; 1 those of v, 2 those of q and k, where
-            the sums of all three do not fit into the registers.
+        size: elements of the buffer.
+        k, lse: where they start, in bytes; q is first.
     """
 
-    dim: int
-    forward: tuple[int, int, int, int]
-    backward: tuple[int, int, int, int, int, int]
-    parts: tuple[int, ...] = (0,)
+    size: int
+    k: int
+    lse: int
+
+    @classmethod
+    def of(cls, q_shape: tuple[int, ...], k_shape: tuple[int, ...], turned: bool) -> Kept:
+        k = 2 * prod(q_shape) if turned else 0
+        lse = k + 2 * prod(k_shape) if turned else 0
+        return cls(lse // 4 + prod(q_shape[:3]), k, lse)
 
 
-# Measured on an H200 (sm_90); the others are what fits into registers and shared memory: 163 KB and more on
-# sm_80 and sm_90, 99 KB on sm_86, 89 and 120, 64 KB on sm_75.
-_LARGE = (
-    _Tiling(64, (128, 64, 4, 2), (32, 128, 4, 1, 2, 2)),
-    _Tiling(96, (128, 64, 4, 2), (64, 128, 8, 1, 1, 1)),
-    _Tiling(128, (128, 64, 4, 2), (64, 128, 8, 1, 1, 1)),
-    _Tiling(256, (64, 64, 4, 1), (32, 64, 4, 1, 1, 1), (1, 2)),
-)
-_HOPPER = (
-    _Tiling(64, (128, 64, 4, 3), (32, 128, 4, 1, 2, 2)),
-    _Tiling(96, (128, 64, 4, 2), (64, 128, 8, 2, 2, 1)),
-    _Tiling(128, (128, 64, 4, 2), (64, 128, 8, 2, 2, 1)),
-    _LARGE[-1],
-)
-_MEDIUM = (
-    _Tiling(64, (128, 64, 4, 2), (64, 64, 4, 1, 1, 2)),
-    _Tiling(96, (128, 64, 8, 1), (64, 64, 4, 1, 1, 1)),
-    _Tiling(128, (128, 64, 8, 1), (32, 64, 4, 1, 1, 1)),
-    _Tiling(256, (64, 64, 4, 1), (32, 32, 2, 1, 1, 1), (1, 2)),
-)
-_TURING = (
-    _Tiling(64, (128, 64, 4, 1), (64, 64, 4, 1, 1, 1)),
-    _Tiling(96, (64, 64, 4, 1), (32, 64, 4, 1, 1, 1)),
-    _Tiling(128, (64, 64, 4, 1), (32, 64, 4, 1, 1, 1), (1, 2)),
-)
+def outputs(q: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+    """Empty ones: the output, contiguous, and what is kept."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(kept.size, dtype=torch.float32)
 
 
-def _tilings(capability: tuple[int, int]) -> tuple[_Tiling, ...]:
-    if capability < (8, 0):
-        return _TURING
-    return {(8, 0): _LARGE, (9, 0): _HOPPER}.get(capability, _MEDIUM)
+def gradients(out: torch.Tensor, v: torch.Tensor) -> Gradients:
+    """Empty ones of q, which is like ``out``, and of k and v, contiguous."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (out, v, v))
+    return dq, dk, dv
 
 
-@cached
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+class _Forward(NamedTuple):
+    """A layout's forward pass."""
 
-
-@functools.cache
-def _tiling(device: int, dim: int) -> _Tiling:
-    return next(t for t in _tilings(_capability(device)) if dim <= t.dim)
-
-
-def unsupported(q: torch.Tensor) -> str | None:
-    """Why the kernels cannot take such queries, or None."""
-    return _unsupported(q.dtype, q.shape[3], _capability(q.get_device()))
-
-
-@cached
-def _unsupported(dtype: torch.dtype, dim: int, capability: tuple[int, int]) -> str | None:
-    if dtype is torch.float32:
-        return "the tensor cores have no float32; use bfloat16 or float16, or autocast to one."
-    if capability < (7, 5) or (capability < (8, 0) and dtype is torch.bfloat16):
-        return f"a GPU of compute capability {capability[0]}.{capability[1]} does not multiply {dtype}."
-    most = _tilings(capability)[-1].dim
-    if dim > most or dim % 8:
-        return f"a head has {dim} dimensions, not a multiple of 8 up to {most}."
-    return None
+    kept: Kept
+    turn: Launch | None
+    attend: Launch
 
 
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
     causal: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
+    interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output [B, T, Hq, D] and, [Hq, B * T] in fp32, log2 of the sum of exp(scores)."""
-    batch, length, heads, dim = q.shape
-    device, packed = q.get_device(), cu_seqlens is not None
-    tiling = _tiling(device, dim)
-    rows, _, warps, _ = tiling.forward
-    tiles = _tiles(q, cu_seqlens, rows, False, View(causal, window))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, batch * length), dtype=torch.float32, device=q.device)
-    _forward_kernel(q.dtype, tiling).launch(
+    """The output [B, T, Hq, D] and what `Kept` says.
+
+    q and k are turned by RoPE's own kernel, which reads a token's angles once for all heads: turning each
+    head's queries where the attention kernel loads them took 98 us in place of 81 us for 16384 tokens of
+    32 + 8 heads of 128, keys apart, on an H200. The turned ones are kept in place of the others.
+    """
+    device, shape = q.get_device(), q.shape
+    shapes, view = _shapes(device, shape[3], causal, window)
+    table, tiles, _ = _tiles(q, shape, cu_seqlens, max_seqlen, shapes.forward.rows, False, view)
+    kept, turn, attend = _forward_plan(
         device,
-        (tiles.total * heads, 1, 1),
-        (32 * warps, 1, 1),
-        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr()),
-        tiles.table.data_ptr(),
-        *_strides(q, packed),
-        *_strides(k, packed),
-        *_strides(v, packed),
-        *_strides(out, packed),
-        *(batch * length, 0 if packed else length, heads, heads // k.shape[2], dim),
-        *(scale, softcap or 0.0, int(causal), window or _NO_WINDOW),
+        tiles,
+        q.dtype,
+        shape,
+        k.shape,
+        (q.stride(), k.stride(), v.stride()),
+        cu_seqlens is not None,
+        None if cos is None else (cos.shape, cos.dtype, interleaved),
+        (scale, softcap or 0.0, causal, window or _NO_WINDOW),
     )
-    return out, lse
+    out, buffer = outputs(q, kept)
+    if not tiles:
+        return out, buffer
+    queries, keys, start = q.data_ptr(), k.data_ptr(), buffer.data_ptr()
+    if turn is not None and cos is not None and sin is not None:
+        turned = (start, start + kept.k)
+        turn(device, queries, keys, cos.data_ptr(), sin.data_ptr(), 0, *turned)
+        queries, keys = turned
+    inputs = (queries, keys, v.data_ptr(), out.data_ptr(), start + kept.lse)
+    attend(device, *inputs, table.data_ptr())
+    return out, buffer
+
+
+@functools.lru_cache(maxsize=_LAYOUTS)
+def _forward_plan(
+    device: int,
+    tiles: int,
+    dtype: torch.dtype,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    strides: tuple[_Strides, _Strides, _Strides],
+    packed: bool,
+    angles: Angles | None,
+    settings: tuple[float, ...],
+) -> _Forward:
+    batch, length, heads, dim = q_shape
+    forward = tiling(device, dim).forward
+    kept = Kept.of(q_shape, k_shape, angles is not None)
+    of_q, of_k, of_v = strides
+    turn = None
+    if angles is not None:
+        cos, of_cos, interleaved = angles
+        turned = (_contiguous(q_shape), _contiguous(k_shape))
+        turn = rope_launch(
+            q_shape,
+            k_shape[2],
+            (of_q, of_k, *turned),
+            (dtype, of_cos, dtype),
+            2,
+            cos[0] == 1,
+            cos[2],
+            interleaved,
+            False,
+            True,
+        )
+        of_q, of_k = turned
+    steps = _steps((of_q, of_k, of_v, _contiguous(q_shape)), packed)
+    sizes = (batch * length, 0 if packed else length, heads, heads // k_shape[2], dim)
+    attend = _forward_kernel(dtype, forward).prepare(
+        (tiles * heads, 1, 1), (forward.threads, 1, 1), *steps, *sizes, *settings
+    )
+    return _Forward(kept, turn, attend)
+
+
+class _Backward(NamedTuple):
+    """A layout's backward pass.
+
+    Attributes:
+        kept: of the forward pass.
+        size: elements of a workspace in fp32: sums for dQ, statistics, turns.
+        statistics, turns: where they start, in bytes; turns for each of ``parts``.
+        prepare: fills statistics, and turns with zeros.
+        parts: make the gradients.
+        turns_back: whether they turn those of turned q and k back.
+    """
+
+    kept: Kept
+    size: int
+    statistics: int
+    turns: tuple[int, ...]
+    prepare: Launch
+    parts: tuple[Launch, ...]
+    turns_back: bool
 
 
 def backward(
     dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    buffer: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
     causal: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
-    rope: Angles | None,
+    interleaved: bool,
 ) -> Gradients:
-    """The gradients, contiguous, from what :func:`forward` returned; of q and k turned by ``rope`` those of
-    q and k before it."""
-    batch, length, heads, dim = q.shape
-    tokens, kv_heads = batch * length, k.shape[2]
-    group = heads // kv_heads
-    device, packed = q.get_device(), cu_seqlens is not None
-    tiling = _tiling(device, dim)
-    rows, keys, warps, *_ = tiling.backward
-    tiles = _tiles(q, cu_seqlens, keys, True, View(causal, window))
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    query_tiles = (
-        tokens // rows + tiles.documents
-    )  # with room for a short one at each document's end
-    sums = _empty(q, heads * query_tiles * rows * tiling.dim, torch.float32)
-    statistics = _empty(q, 2 * heads * tokens, torch.float32)
-    turns = _empty(q, 1 + heads * query_tiles, torch.int32)
-    inside = rope if rope is not None and _turns_inside(rope) else None
-    cos, sin, *angles, angles_batch = _angles(inside)
-    for part in tiling.parts:
-        lanes = 8 if dim <= 64 else 16 if dim <= 128 else 32
-        _statistics_kernel(q.dtype, lanes).launch(
-            device,
-            (-(-tokens * heads * lanes // 256), 1, 1),
-            (256, 1, 1),
-            *(dout.data_ptr(), out.data_ptr(), lse.data_ptr(), statistics.data_ptr()),
-            turns.data_ptr(),
-            *_strides(dout, False),
-            *_strides(out, False),
-            *(tokens, length, heads, dim, turns.numel()),
-        )
-        _backward_kernel(q.dtype, tiling, part).launch(
-            device,
-            (tiles.total * kv_heads, 1, 1),
-            (32 * warps, 1, 1),
-            *(q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr(), statistics.data_ptr()),
-            *(dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), sums.data_ptr(), turns.data_ptr()),
-            *(tiles.table.data_ptr(), cos, sin),
-            *_strides(q, packed),
-            *_strides(k, packed),
-            *_strides(v, packed),
-            *_strides(dout, packed),
-            *(angles_batch, tokens, 0 if packed else length, query_tiles, heads, group),
-            *(_TURN_SHIFT, dim, scale, softcap or 0.0, int(causal), window or _NO_WINDOW, *angles),
-        )
-    if rope is not None and inside is None:
-        cos, sin, interleaved = rope
-        rotate(dq, dk, cos, sin, None, interleaved, 2, q.dtype, True, inplace=True)
+    """The gradients, contiguous, from what `forward` returned; q and k only if that did not turn them."""
+    device, shape = out.get_device(), out.shape
+    shapes, view = _shapes(device, shape[3], causal, window)
+    keys_of_tile = shapes.backward[0].keys
+    table, tiles, documents = _tiles(out, shape, cu_seqlens, max_seqlen, keys_of_tile, True, view)
+    plan = _backward_plan(
+        device,
+        tiles,
+        documents,
+        out.dtype,
+        shape,
+        v.shape,
+        None if q is None or k is None else (q.stride(), k.stride()),
+        (v.stride(), dout.stride(), out.stride()),
+        cu_seqlens is not None,
+        None if cos is None else (cos.shape, cos.dtype, interleaved),
+        (scale, softcap or 0.0, causal, window or _NO_WINDOW),
+    )
+    dq, dk, dv = gradients(out, v)
+    if not tiles:
+        return dq, dk, dv
+    workspace = out.new_empty(plan.size, dtype=torch.float32)
+    kept, start, sums = plan.kept, buffer.data_ptr(), workspace.data_ptr()
+    queries = start if q is None else q.data_ptr()
+    keys = start + kept.k if k is None else k.data_ptr()
+    upstream, statistics = dout.data_ptr(), sums + plan.statistics
+    lse, turns = start + kept.lse, sums + plan.turns[0]
+    plan.prepare(device, upstream, out.data_ptr(), lse, statistics, turns)
+    inputs = (queries, keys, v.data_ptr(), upstream, statistics)
+    results = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
+    rest = (table.data_ptr(), 0, 0)
+    if cos is not None and sin is not None and plan.turns_back:
+        rest = (rest[0], cos.data_ptr(), sin.data_ptr())
+    for part, place in zip(plan.parts, plan.turns, strict=True):
+        part(device, *inputs, *results, sums, sums + place, *rest)
+    if cos is not None and sin is not None and not plan.turns_back:
+        rotate(dq, dk, cos, sin, None, interleaved, 2, dq.dtype, True, inplace=True)
     return dq, dk, dv
 
 
-def turned(q: torch.Tensor, k: torch.Tensor, rope: Angles) -> tuple[torch.Tensor, torch.Tensor]:
-    """q and k turned, for :func:`forward`.
+@functools.lru_cache(maxsize=_LAYOUTS)
+def _backward_plan(
+    device: int,
+    tiles: int,
+    documents: int,
+    dtype: torch.dtype,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    inputs: tuple[_Strides, _Strides] | None,
+    strides: tuple[_Strides, _Strides, _Strides],
+    packed: bool,
+    angles: Angles | None,
+    settings: tuple[float, ...],
+) -> _Backward:
+    batch, length, heads, dim = q_shape
+    tokens, kv_heads = batch * length, k_shape[2]
+    shapes = tiling(device, dim)
+    rows = shapes.backward[0].rows
+    of_v, of_dout, of_out = strides
+    of_q, of_k = inputs or (_contiguous(q_shape), _contiguous(k_shape))
+    angles_batch = rotary = interleaved = fp32_angles = 0
+    # The kernel reads sixteen columns of angles at once.
+    turns_back = angles is not None and angles[0][2] % 16 == 0
+    if angles is not None and turns_back:
+        (angles_rows, _, rotary), of_cos, interleaved = angles
+        angles_batch = 0 if angles_rows == 1 else length
+        fp32_angles = of_cos is torch.float32
 
-    By RoPE's own kernel, which reads a token's angles once for all heads: turning each head's queries where
-    the attention kernel loads them took 98 us in place of 81 us for 16384 tokens of 32 + 8 heads of 128, keys
-    apart, on an H200. The turned ones are kept for the backward pass in place of the others.
-    """
-    cos, sin, interleaved = rope
-    return rotate(q, k, cos, sin, None, interleaved, 2, q.dtype, False)
-
-
-def _tiles(
-    q: torch.Tensor, cu_seqlens: torch.Tensor | None, rows: int, keys: bool, view: View
-) -> Tiles:
-    if cu_seqlens is None:
-        return dense_tiles(q.shape[0], q.shape[1], rows, keys, view, q.device)
-    return packed_tiles(cu_seqlens, q.shape[1], rows, keys, view)
-
-
-def _empty(like: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(count, dtype=dtype, device=like.device)
-
-
-def _turns_inside(rope: Angles) -> bool:
-    """Whether the backward kernel can turn gradients back: it reads sixteen columns at once."""
-    return rope[0].shape[2] % 16 == 0
-
-
-def _angles(rope: Angles | None) -> tuple[int, int, int, int, int, int]:
-    """The kernels' cos, sin, rotary, interleaved, fp32_angles and angles_batch."""
-    if rope is None:
-        return 0, 0, 0, 0, 0, 0
-    cos, sin, interleaved = rope
-    rows, length, rotary = cos.shape
-    each = 0 if rows == 1 else length
-    fp32 = cos.dtype is torch.float32
-    return cos.data_ptr(), sin.data_ptr(), rotary, int(interleaved), int(fp32), each
-
-
-def _strides(x: torch.Tensor, packed: bool) -> tuple[int, int, int]:
-    batch, token, head, _ = x.stride()
-    return 0 if packed else batch, token, head
+    query_tiles = tokens // rows + documents  # with room for a short one at the end of each
+    statistics = heads * query_tiles * rows * shapes.dim
+    turns = statistics + 2 * heads * tokens
+    each = 1 + heads * query_tiles
+    count = each * len(shapes.backward)
+    lanes = 8 if dim <= 64 else 16 if dim <= 128 else 32
+    prepare = _statistics_kernel(dtype, lanes).prepare(
+        (-(-tokens * heads * lanes // 256), 1, 1),
+        (256, 1, 1),
+        *_steps((of_dout, of_out), False),
+        *(tokens, length, heads, dim, count),
+    )
+    parts = [
+        _backward_kernel(dtype, part).prepare(
+            (tiles * kv_heads, 1, 1),
+            (part.threads, 1, 1),
+            *_steps((of_q, of_k, of_v, of_dout), packed),
+            *(angles_batch, tokens, 0 if packed else length, query_tiles),
+            *(heads, heads // kv_heads, _TURN_SHIFT, dim, *settings),
+            *(rotary, interleaved, fp32_angles),
+        )
+        for part in shapes.backward
+    ]
+    return _Backward(
+        Kept.of(q_shape, k_shape, inputs is None),
+        turns + count,
+        4 * statistics,
+        tuple(4 * (turns + each * i) for i in range(len(parts))),
+        prepare,
+        tuple(parts),
+        turns_back,
+    )
 
 
 @functools.cache
-def _forward_kernel(dtype: torch.dtype, tiling: _Tiling) -> Kernel:
-    rows, keys, _, _ = tiling.forward
+def _shapes(device: int, dim: int, causal: bool, window: int | None) -> tuple[Tiling, View]:
+    return tiling(device, dim), View(causal, window)
+
+
+def _tiles(
+    x: torch.Tensor,
+    shape: tuple[int, ...],
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+    rows: int,
+    keys: bool,
+    view: View,
+) -> Tiles:
+    if cu_seqlens is None:
+        return dense_tiles(shape[0], shape[1], rows, keys, view, x.device)
+    return packed_tiles(cu_seqlens, shape[1], rows, keys, view, max_seqlen)
+
+
+def _contiguous(shape: tuple[int, ...]) -> _Strides:
+    _, length, heads, dim = shape
+    return length * heads * dim, heads * dim, dim, 1
+
+
+def _steps(strides: tuple[_Strides, ...], packed: bool) -> list[int]:
+    """What the kernels take of the strides: from row to row of the batch, token to token, head to head."""
+    return [step for s in strides for step in (0 if packed else s[0], s[1], s[2])]
+
+
+@functools.cache
+def _forward_kernel(dtype: torch.dtype, forward: Pass) -> Kernel:
     parameters: dict[str, torch.dtype | str] = dict.fromkeys(("q", "k", "v", "out"), dtype)
     parameters |= {"lse": torch.float32, "tiles": torch.int32}
     parameters |= _layouts("q", "k", "v", "o") | {"tokens": "int64"}
     parameters |= dict.fromkeys(("row_length", "heads", "group", "dim"), "int32") | _SETTINGS
-    name = f"flash_attention<{_template(dtype, tiling.dim, *tiling.forward)}>"
-    return Kernel(
-        "flash_attention.cu", name, parameters, (rows + 2 * keys) * (tiling.dim + _PAD) * 2
-    )
+    return _kernel(dtype, forward, parameters)
 
 
 @functools.cache
@@ -268,8 +345,7 @@ def _statistics_kernel(dtype: torch.dtype, lanes: int) -> Kernel:
 
 
 @functools.cache
-def _backward_kernel(dtype: torch.dtype, tiling: _Tiling, part: int) -> Kernel:
-    rows, keys, warps, split, stages, blocks = tiling.backward
+def _backward_kernel(dtype: torch.dtype, backward: Pass) -> Kernel:
     parameters: dict[str, torch.dtype | str] = dict.fromkeys(("q", "k", "v", "dout"), dtype)
     parameters |= {"statistics": torch.float32, "dq": dtype, "dk": dtype, "dv": dtype}
     parameters |= {"sums": torch.float32, "turns": torch.int32, "tiles": torch.int32}
@@ -278,12 +354,12 @@ def _backward_kernel(dtype: torch.dtype, tiling: _Tiling, part: int) -> Kernel:
     numbers = ("row_length", "query_tiles", "heads", "group", "shift", "dim")
     parameters |= dict.fromkeys(numbers, "int32") | _SETTINGS
     parameters |= dict.fromkeys(("rotary", "interleaved", "fp32_angles"), "int32")
-    shape = (tiling.dim, rows, keys, warps, split, stages, part, blocks)
-    name = f"flash_attention_backward<{_template(dtype, *shape)}>"
-    pitch = tiling.dim + _PAD
-    elements = 2 * keys * pitch + 2 * stages * rows * pitch + split * keys * (rows + _PAD)
-    shared = 2 * elements + 8 * stages * rows  # the rows' statistics
-    return Kernel("flash_attention_backward.cu", name, parameters, shared)
+    return _kernel(dtype, backward, parameters)
+
+
+def _kernel(dtype: torch.dtype, which: Pass, parameters: dict[str, torch.dtype | str]) -> Kernel:
+    name = f"{which.name}<{_template(dtype, *which.template)}>"
+    return Kernel(f"{which.name}.cu", name, parameters, which.shared_bytes)
 
 
 _SETTINGS: dict[str, torch.dtype | str] = {"scale": "float32", "softcap": "float32"}
@@ -294,5 +370,5 @@ def _layouts(*tensors: str) -> dict[str, torch.dtype | str]:
     return {f"{tensor}_{dimension}": "int64" for tensor in tensors for dimension in _LAYOUT}
 
 
-def _template(dtype: torch.dtype, *numbers: int) -> str:
-    return ",".join((CUDA_NAMES[dtype], *map(str, numbers)))
+def _template(dtype: torch.dtype, *arguments: int) -> str:
+    return ",".join((CUDA_NAMES[dtype], *map(str, arguments)))

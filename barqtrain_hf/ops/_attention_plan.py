@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from barqtrain_hf.ops._documents import documents, plans
+from barqtrain_hf.ops._documents import find
 
 _Numbers = npt.NDArray[np.int64]
 
@@ -39,14 +39,21 @@ class View(NamedTuple):
     window: int | None
 
 
-def packed_tiles(cu_seqlens: torch.Tensor, tokens: int, rows: int, keys: bool, view: View) -> Tiles:
+def packed_tiles(
+    cu_seqlens: torch.Tensor,
+    tokens: int,
+    rows: int,
+    keys: bool,
+    view: View,
+    max_seqlen: int | None = None,
+) -> Tiles:
     """Tiles of ``rows`` queries, or of keys, of packed documents; kept as long as ``cu_seqlens`` lives."""
-    made = plans(cu_seqlens, tokens)
+    _, boundaries, _, plans = find(cu_seqlens, tokens, max_seqlen)
     key = (rows, keys, view)
-    if key not in made:
-        boundaries = np.asarray(documents(cu_seqlens, tokens), dtype=np.int64)
-        made[key] = _tiles(boundaries, rows, keys, view, cu_seqlens.device)
-    tiles: Tiles = made[key]
+    tiles: Tiles | None = plans.get(key)
+    if tiles is None:
+        starts = np.asarray(boundaries, dtype=np.int64)
+        tiles = plans[key] = _tiles(starts, rows, keys, view, cu_seqlens.device)
     return tiles
 
 

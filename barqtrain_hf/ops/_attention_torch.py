@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from barqtrain_hf.ops._documents import documents, longest
+from barqtrain_hf.ops._documents import find
 
 
 def attend(
@@ -32,8 +32,7 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     boundaries: list[int] = []
     if cu_seqlens is not None:
-        longest(cu_seqlens, q.shape[2], max_seqlen)  # checks it
-        boundaries = documents(cu_seqlens, q.shape[2])
+        boundaries = find(cu_seqlens, q.shape[2], max_seqlen).boundaries
     if len(boundaries) <= 2:
         y = _one(q, k, v, causal, scale, window, softcap, materialise)
         return y.transpose(1, 2).contiguous()

@@ -33,14 +33,21 @@ def small(x: torch.Tensor) -> bool:
 
 
 def cached(function: Callable[..., _Result]) -> Callable[..., _Result]:
-    """functools.cache, but for torch.compile, which would warn that it looks through it."""
-    memo = functools.cache(function)
+    """functools.lru_cache, but for torch.compile, which would warn that it looks through it."""
+    memo = functools.lru_cache(maxsize=1024)(function)  # bounded: some are asked about shapes
+    is_compiling = torch.compiler.is_compiling
 
     @functools.wraps(function)
     def call(*arguments: Any) -> _Result:
-        return function(*arguments) if torch.compiler.is_compiling() else memo(*arguments)
+        return function(*arguments) if is_compiling() else memo(*arguments)
 
     return call
+
+
+@cached
+def capability(device: int) -> tuple[int, int]:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
 
 
 def use_cuda(op: str, backend: Backend, tensor: torch.Tensor, unsupported: str | None) -> bool:

@@ -16,54 +16,41 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from barqtrain_hf.errors import ArgumentError, UnsupportedError
 
 
-class _Documents(NamedTuple):
+class Documents(NamedTuple):
+    """What is known of packed documents.
+
+    Attributes:
+        version: of the tensor when it was read.
+        boundaries: where each document starts, and the number of all tokens; not to be changed.
+        longest: tokens of the longest document, 0 where there is none.
+        plans: what ops make of the boundaries, under their own keys.
+    """
+
     version: int
     boundaries: list[int]
     longest: int
-    plans: dict[Any, Any]  # what ops make of the boundaries, under their own keys
+    plans: dict[Any, Any]
 
 
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # The tensor asked for last and what is known of it: the layers of a model ask for one after another, and a
 # lookup in the dictionary costs each of them some microseconds.
-_last: tuple[weakref.ref[torch.Tensor] | None, _Documents | None] = (None, None)
+_last: tuple[weakref.ref[torch.Tensor] | None, Documents | None] = (None, None)
 
 
-def documents(cu_seqlens: torch.Tensor, tokens: int) -> list[int]:
-    """Where each document starts, and ``tokens``; not to be changed.
+def find(cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int | None = None) -> Documents:
+    """The documents, kept as long as ``cu_seqlens`` lives and is not changed.
 
     Args:
         cu_seqlens: [documents + 1] int32.
         tokens: of all documents together.
+        max_seqlen: what the caller takes the longest document's length for, or more.
 
     Raises:
-        ArgumentError: it does not start at 0, not increase, or not end at ``tokens``; says where.
+        ArgumentError: it does not start at 0, not increase, or not end at ``tokens``, or a document is longer
+            than ``max_seqlen``; says where.
         UnsupportedError: a CUDA graph is being captured, which would keep this batch's documents.
     """
-    return _find(cu_seqlens, tokens).boundaries
-
-
-def plans(cu_seqlens: torch.Tensor, tokens: int) -> dict[Any, Any]:
-    """A dict that lives as long as what is known of these documents."""
-    return _find(cu_seqlens, tokens).plans
-
-
-def longest(cu_seqlens: torch.Tensor, tokens: int, most: int | None = None) -> int:
-    """Tokens of the longest document, 0 where there is none; ``most`` is what the caller took it for.
-
-    Raises:
-        ArgumentError: it is longer; else as `documents`.
-    """
-    found = _find(cu_seqlens, tokens).longest
-    if most is not None and found > most:
-        raise ArgumentError(
-            f"flash_attention: max_seqlen={most}, but cu_seqlens has a document of {found} tokens; leave "
-            "max_seqlen out."
-        )
-    return found
-
-
-def _find(cu_seqlens: torch.Tensor, tokens: int) -> _Documents:
     if cu_seqlens.is_cuda and torch._C._cuda_isCurrentStreamCapturing():
         raise UnsupportedError(
             "flash_attention: documents are scheduled on the host, so a CUDA graph would keep those of the "
@@ -87,6 +74,11 @@ def _find(cu_seqlens: torch.Tensor, tokens: int) -> _Documents:
             f"flash_attention: cu_seqlens ends at {end} and q has {tokens} tokens; give every token a "
             "document, padding too."
         )
+    if max_seqlen is not None and found.longest > max_seqlen:
+        raise ArgumentError(
+            f"flash_attention: max_seqlen={max_seqlen}, but cu_seqlens has a document of {found.longest} "
+            "tokens; leave max_seqlen out."
+        )
     return found
 
 
@@ -94,7 +86,7 @@ def _to_host(cu_seqlens: torch.Tensor) -> list[int]:
     return cu_seqlens.tolist()  # type: ignore[no-any-return]
 
 
-def _checked(boundaries: list[int], version: int) -> _Documents:
+def _checked(boundaries: list[int], version: int) -> Documents:
     if boundaries[0] != 0:
         raise ArgumentError(
             f"flash_attention: cu_seqlens starts at {boundaries[0]}; it must start at 0 and hold each "
@@ -107,4 +99,4 @@ def _checked(boundaries: list[int], version: int) -> _Documents:
             f"flash_attention: cu_seqlens[{wrong}] = {boundaries[wrong]} is not more than cu_seqlens"
             f"[{wrong - 1}] = {boundaries[wrong - 1]}; it must increase: leave empty documents out."
         )
-    return _Documents(version, boundaries, max(lengths, default=0), {})
+    return Documents(version, boundaries, max(lengths, default=0), {})

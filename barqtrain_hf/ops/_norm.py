@@ -11,18 +11,21 @@ from barqtrain_hf.ops import _backend
 from barqtrain_hf.ops._backend import CUDA_NAMES
 from barqtrain_hf.ops._norm_kernels import ONCE, Norm, backward, forward
 
+# Bound once: beside F.rms_norm and F.layer_norm, `small` has some tenths of a microsecond.
+_is_autocast_enabled, _is_compiling = torch.is_autocast_enabled, torch.compiler.is_compiling
+
 
 def small(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether PyTorch's fused norm is the better kernel, as `_backend.small`, and the same function."""
     dtype = x.dtype
     return (
         x.is_cuda
-        and x.numel() <= _backend.SMALL
         and dtype is weight.dtype
         and weight.dim() == 1
         and dtype in CUDA_NAMES
-        and not torch.is_autocast_enabled()  # there PyTorch's norms return fp32
-        and not torch.compiler.is_compiling()
+        and not _is_autocast_enabled()  # there PyTorch's norms return fp32
+        and not _is_compiling()  # before the size, of which it would make a guard
+        and x.numel() <= _backend.SMALL
     )
 
 

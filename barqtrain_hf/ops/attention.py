@@ -25,6 +25,9 @@ from barqtrain_hf.ops._attention_torch import allowed, attend, attend_documents,
 from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
 from barqtrain_hf.ops.rope import apply_rope
 
+# Shapes and dtypes of cos and sin.
+_Angles = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype]
+
 
 class Rope(NamedTuple):
     """Angles by which `flash_attention` turns queries and keys, as `apply_rope` does.
@@ -81,40 +84,33 @@ def flash_attention(
         ArgumentTypeError: q, k, v, cos or sin not fp32, fp16 or bf16, cu_seqlens not int32.
         UnsupportedError: ``backend="cuda"`` where the kernel cannot run; documents in a CUDA graph.
     """
-    device_type = q.device.type
+    device_type = "cuda" if q.is_cuda else q.device.type
     autocast = torch.is_autocast_enabled(device_type)
     given = torch.get_autocast_dtype(device_type) if autocast else None
-    dtype = _dtype(q.dtype, k.dtype, v.dtype, given)
+    shape = q.shape
+    angles = None if rope is None else _layout_of(rope)
+    dtype = _check_layouts(shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, given, angles)
     if autocast:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    shape = q.shape
-    _check_shapes(shape, k.shape, v.shape)
-    if rope is not None:
-        _check_rope(shape, rope)
     if cu_seqlens is not None:
-        _check_cu_seqlens(q, cu_seqlens)
+        _check_cu_seqlens(cu_seqlens, shape[0], q.device)
     elif max_seqlen is not None:
         raise ArgumentError(f"flash_attention: max_seqlen={max_seqlen} needs cu_seqlens; drop it.")
     if scale is None:
         scale = shape[3] ** -0.5
     _check_numbers(scale, window, softcap)
-    reason = None
+    reason, to_sdpa = None, False
     if q.is_cuda and backend != "torch":
         reason = _attention_autograd.unsupported(q, k, v, rope)
-        if backend == "auto" and cu_seqlens is None and sdpa_is_faster(q, window, softcap):
-            with (
-                torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext()
-            ):
-                if rope is not None:
-                    q, k = _turn(q, k, rope, "auto")
-                return sdpa(q, k, v, causal, scale)
-    if use_cuda("flash_attention", backend, q, reason):
+        to_sdpa = backend == "auto" and cu_seqlens is None and sdpa_is_faster(q, window, softcap)
+    if not to_sdpa and use_cuda("flash_attention", backend, q, reason):
         numbers = (max_seqlen, causal, scale, window, softcap)
         return _attention_autograd.apply(q, k, v, rope, cu_seqlens, *numbers)
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         if rope is not None:
-            turn: Backend = "torch" if backend == "torch" else "auto"
-            q, k = _turn(q, k, rope, turn)
+            q, k = _turn(q, k, rope, "torch" if backend == "torch" else "auto")
+        if to_sdpa:
+            return sdpa(q, k, v, causal, scale)
         if cu_seqlens is None:
             return attend(q, k, v, None, None, causal, scale, window, softcap)
         return attend_documents(q, k, v, cu_seqlens, max_seqlen, causal, scale, window, softcap)
@@ -156,9 +152,25 @@ def _turn(
     )
 
 
+def _layout_of(rope: Rope) -> _Angles:
+    if not isinstance(rope, Rope):
+        raise ArgumentTypeError(
+            f"flash_attention: rope is a {type(rope).__name__}; pass Rope(cos, sin, interleaved)."
+        )
+    cos, sin, _ = rope
+    return cos.shape, sin.shape, cos.dtype, sin.dtype
+
+
 @cached
-def _dtype(
-    q: torch.dtype, k: torch.dtype, v: torch.dtype, autocast: torch.dtype | None
+def _check_layouts(
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    q: torch.dtype,
+    k: torch.dtype,
+    v: torch.dtype,
+    autocast: torch.dtype | None,
+    angles: _Angles | None,
 ) -> torch.dtype:
     """What is computed in."""
     check_dtypes("flash_attention", q=q, k=k, v=v)
@@ -166,6 +178,9 @@ def _dtype(
         raise ArgumentError(
             f"flash_attention: q is {q}, k {k} and v {v}; cast them to one dtype, as autocast would."
         )
+    _check_shapes(q_shape, k_shape, v_shape)
+    if angles is not None:
+        _check_angles(q_shape, *angles)
     return autocast or q
 
 
@@ -191,37 +206,32 @@ def _check_shapes(q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size)
         )
 
 
-def _check_rope(q_shape: torch.Size, rope: Rope) -> None:
-    if not isinstance(rope, Rope):
-        raise ArgumentTypeError(
-            f"flash_attention: rope is a {type(rope).__name__}; pass Rope(cos, sin, interleaved)."
-        )
-    cos, sin, _ = rope
-    _check_angles(cos.dtype, sin.dtype)
-    shape = cos.shape
+def _check_angles(
+    q_shape: torch.Size,
+    shape: torch.Size,
+    sin_shape: torch.Size,
+    cos: torch.dtype,
+    sin: torch.dtype,
+) -> None:
+    check_dtypes("flash_attention", cos=cos, sin=sin)
+    if cos is not sin:
+        raise ArgumentError(f"flash_attention: rope's cos is {cos} and sin {sin}; cast them.")
     if (
         len(shape) != 3
-        or sin.shape != shape
+        or sin_shape != shape
         or (shape[0] != 1 and shape[0] != q_shape[0])
         or shape[1] != q_shape[1]
         or shape[2] > q_shape[3]
         or shape[2] % 2
     ):
         raise ArgumentError(
-            f"flash_attention: rope's cos of shape {tuple(shape)} and sin of {tuple(sin.shape)} do not "
+            f"flash_attention: rope's cos of shape {tuple(shape)} and sin of {tuple(sin_shape)} do not "
             f"give {q_shape[0]} or 1 rows of {q_shape[1]} tokens with an even number of angles up to "
             f"{q_shape[3]}."
         )
 
 
-@cached
-def _check_angles(cos: torch.dtype, sin: torch.dtype) -> None:
-    check_dtypes("flash_attention", cos=cos, sin=sin)
-    if cos is not sin:
-        raise ArgumentError(f"flash_attention: rope's cos is {cos} and sin {sin}; cast them.")
-
-
-def _check_cu_seqlens(q: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, device: torch.device) -> None:
     """All but its values."""
     if cu_seqlens.dtype is not torch.int32:
         raise ArgumentTypeError(
@@ -232,14 +242,14 @@ def _check_cu_seqlens(q: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         raise ArgumentError(
             f"flash_attention: cu_seqlens of shape {tuple(shape)} must be [documents + 1]."
         )
-    if cu_seqlens.device != q.device:
+    if cu_seqlens.device != device:
         raise ArgumentError(
-            f"flash_attention: cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move it there, "
+            f"flash_attention: cu_seqlens is on {cu_seqlens.device} and q on {device}; move it there, "
             "once for all layers."
         )
-    if q.shape[0] != 1:
+    if rows != 1:
         raise ArgumentError(
-            f"flash_attention: q has {q.shape[0]} rows, and cu_seqlens packs one; flatten them into one "
+            f"flash_attention: q has {rows} rows, and cu_seqlens packs one; flatten them into one "
             "and let cu_seqlens end their documents too."
         )
 

@@ -11,19 +11,15 @@ The backward pass is the transpose, which needs the angles only. Products and su
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
-from barqtrain_hf.ops._backend import CUDA_NAMES, Backend, cached, check_dtypes, use_cuda
-from barqtrain_hf.runtime import Kernel
+from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._rope_kernels import MAX_DIM, Pair, empty_like, rotate
 
-Pair = tuple[torch.Tensor, torch.Tensor]
-_UNROLL = 2  # kUnroll of rope.cu
 _MAX_BATCH = 65535  # a grid's third dimension
-_THREADS = 512  # kThreads of rope.cu; on its scalar path a token needs one per dimension
 
 
 def apply_rope(
@@ -203,8 +199,8 @@ def _unsupported(
     for name, tensor in (("k", k), ("cos", cos), ("sin", sin), ("position_ids", position_ids)):
         if tensor is not None and tensor.get_device() != device:
             return f"{name} is on {tensor.device} and q on {q.device}."
-    if q.shape[3] > _THREADS:
-        return f"a head has {q.shape[3]} dimensions, more than {_THREADS}."
+    if q.shape[3] > MAX_DIM:
+        return f"a head has {q.shape[3]} dimensions, more than {MAX_DIM}."
     if q.shape[0] > _MAX_BATCH:
         return f"there are {q.shape[0]} rows, more than {_MAX_BATCH}."
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
@@ -276,98 +272,6 @@ class _RopeBackward(torch.autograd.Function):
         return *grads, None, None, None, None, None, None
 
 
-def rotate(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    interleaved: bool,
-    heads_dim: int,
-    out: torch.dtype,
-    backward: bool,
-    inplace: bool = False,
-) -> Pair:
-    """Turns, or turns gradients back, in one launch; the inputs as apply_rope has checked them."""
-    if cos.dtype is not q.dtype and cos.dtype is not torch.float32:
-        cos, sin = cos.float(), sin.float()  # fp32 q with 16-bit angles: exact, and few elements
-    cos, sin = cos.contiguous(), sin.contiguous()
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    if k.stride(3) != 1:
-        k = k.contiguous()
-    q_out, k_out = (q, k) if inplace else (_like(q, heads_dim, out), _like(k, heads_dim, out))
-    shape = q.shape
-    batch, length, dim = shape[0], shape[3 - heads_dim], shape[3]
-    q_heads, heads = shape[heads_dim], shape[heads_dim] + k.shape[heads_dim]
-    if not (batch and length and heads and dim):
-        return q_out, k_out
-    if position_ids is not None:
-        position_ids = position_ids.contiguous()
-        ids, rows = position_ids.data_ptr(), position_ids.shape[0]
-    else:
-        ids, rows = 0, cos.shape[0]
-    rotary = cos.shape[-1]
-    pointers = (q.data_ptr(), k.data_ptr(), cos.data_ptr(), sin.data_ptr())
-    outputs = (q_out.data_ptr(), k_out.data_ptr())
-    strides: list[int] = []
-    for tensor in (q, k, q_out, k_out):
-        step = tensor.stride()
-        strides += (step[0], step[heads_dim], step[3 - heads_dim])
-    misaligned = pointers[0] | pointers[1] | pointers[2] | pointers[3] | outputs[0] | outputs[1]
-    for step in strides:
-        misaligned |= step * 2  # in bytes of the narrowest dtype
-    types = (q.dtype, cos.dtype, out)
-    aligned = not misaligned % 16
-    kernel, vec = _kernel(*types, dim, rotary, interleaved, aligned, backward)
-    units = rotary // (2 * vec) + (dim - rotary) // vec
-    blocks = -(-heads // (_UNROLL * max(1, _THREADS // units)))
-    lanes = -(-heads // (_UNROLL * blocks))
-    group = min(
-        64, max(1, _THREADS // (units * lanes))
-    )  # 64: the most a block has in its third dimension
-    grid = (-(-length // group), blocks, batch)
-    scalars = (length, int(rows == 1), q_heads, heads, rotary, int(interleaved))
-    values = (*pointers, ids, *outputs, *strides, *scalars)
-    kernel.launch(q.get_device(), grid, (units, lanes, group), *values)
-    return q_out, k_out
-
-
-def _like(x: torch.Tensor, heads_dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """Empty, contiguous if x is; else a token's heads lie side by side, as projections write them."""
-    if heads_dim == 2 or x.is_contiguous():
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
-    batch, heads, length, dim = x.shape
-    return torch.empty((batch, length, heads, dim), dtype=dtype, device=x.device).transpose(1, 2)
-
-
-@functools.cache
-def _kernel(
-    x: torch.dtype,
-    cos: torch.dtype,
-    out: torch.dtype,
-    dim: int,
-    rotary: int,
-    interleaved: bool,
-    aligned: bool,
-    backward: bool,
-) -> tuple[Kernel, int]:
-    vec = 8 if min(x.itemsize, out.itemsize) == 2 else 4
-    # Each unit is two whole vectors of the turned part, or one of the rest.
-    if not aligned or rotary % (2 * vec) or dim % vec:
-        vec = 1
-    types = f"{CUDA_NAMES[x]},{CUDA_NAMES[cos]},{CUDA_NAMES[out]}"
-    flags = ",".join(str(flag).lower() for flag in (interleaved and vec > 1, backward))
-    name = f"rope<{types},{vec},{flags}>"
-    parameters: dict[str, torch.dtype | str] = {"q": x, "k": x, "cos": cos, "sin": cos}
-    parameters |= {"positions": torch.int64, "q_out": out, "k_out": out}
-    for tensor in ("q", "k", "q_out", "k_out"):
-        parameters |= dict.fromkeys((f"{tensor}_{d}" for d in ("batch", "head", "token")), "int64")
-    numbers = ("length", "shared_rows", "q_heads", "heads", "rotary", "interleaved")
-    parameters |= dict.fromkeys(numbers, "int32")
-    return Kernel("rope.cu", name, parameters), vec
-
-
 # torch.compile traces this instead of the Function above: opaque to it, so no graph break. Its backward
 # pass is the op itself with the last flag set.
 @torch.library.custom_op("barq::rope", mutates_args=(), device_types="cuda")
@@ -398,7 +302,7 @@ def _(
     backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     contiguous = [t if t.stride(3) == 1 else t.contiguous() for t in (q, k)]
-    return _like(contiguous[0], heads_dim, out), _like(contiguous[1], heads_dim, out)
+    return empty_like(contiguous[0], heads_dim, out), empty_like(contiguous[1], heads_dim, out)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Pair) -> None:

@@ -248,8 +248,7 @@ class _Table:
 
         def other(module: nn.Module, query: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(query, Unturned):
-                turn, cos, sin, _ = query.rotation
-                query, key = turn(query.tensor, key.tensor, cos, sin)
+                query, key = query.rotation.of(query.tensor, key.tensor)
             return stock(module, query, key, *args, **kwargs)
 
         return other

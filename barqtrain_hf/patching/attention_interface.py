@@ -64,6 +64,10 @@ class Rotation(NamedTuple):
     sin: torch.Tensor
     interleaved: bool
 
+    def of(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k, turned."""
+        return self.turn(q, k, self.cos, self.sin)
+
 
 class Unturned:
     """q or k on its way from the rotary embedding to attention: whatever else touches it gets an error."""
@@ -167,7 +171,7 @@ def attend(
         return _attend(query, key, value, rotation, cu_seqlens, window, causal, kwargs), None
     how.tell(unusual)
     if rotation is not None:
-        query, key = rotation.turn(query, key, rotation.cos, rotation.sin)
+        query, key = rotation.of(query, key)
     use_eager = how.stock == "eager"
     return stock_attention(
         module, query, key, value, attention_mask, use_eager, how.eager, causal, kwargs
@@ -245,7 +249,7 @@ def _attend(
         if query.dtype is dtype and rotation.cos.dtype in (dtype, torch.float32):
             rope = Rope(rotation.cos, rotation.sin, rotation.interleaved)
         else:
-            query, key = rotation.turn(query, key, rotation.cos, rotation.sin)
+            query, key = rotation.of(query, key)
     batch, _, length, _ = query.shape
     q, k, v = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     longest = None

@@ -6,6 +6,13 @@ from barqtrain_hf.runtime.device import (
     peak_flops,
     sm_count,
 )
-from barqtrain_hf.runtime.launch import Kernel
+from barqtrain_hf.runtime.launch import Kernel, Launch
 
-__all__ = ["Kernel", "architecture", "cuda_unavailable_reason", "peak_flops", "sm_count"]
+__all__ = [
+    "Kernel",
+    "Launch",
+    "architecture",
+    "cuda_unavailable_reason",
+    "peak_flops",
+    "sm_count",
+]

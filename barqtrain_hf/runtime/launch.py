@@ -34,6 +34,28 @@ class _Arguments(threading.local):
         self.address = ctypes.addressof(self.pointers)
 
 
+class Launch:
+    """A kernel with its grid and numbers, made by `Kernel.prepare`: a call writes the pointers only."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        pointers: int,
+        numbers: bytes,
+    ) -> None:
+        self._kernel, self._grid, self._block, self._numbers = kernel, grid, block, numbers
+        self._pack_into = struct.Struct(f"<{pointers}Q{len(numbers)}s").pack_into
+
+    def __call__(self, device: int, *pointers: int) -> None:
+        """As `Kernel.launch`, with the values before the numbers."""
+        kernel = self._kernel
+        arguments = kernel._arguments
+        self._pack_into(arguments.values, 0, *pointers, self._numbers)
+        kernel._launch(device, self._grid, self._block, arguments.address)
+
+
 class Kernel:
     """One instantiation of a shipped CUDA kernel, compiled on first use per device.
 
@@ -66,8 +88,8 @@ class Kernel:
         self._count = len(parameters)
         kinds = list(enumerate(parameters.values()))
         self._tensors = [(i, kind) for i, kind in kinds if isinstance(kind, torch.dtype)]
-        codes = (_SCALARS[t] if isinstance(t, str) else "Q" for t in parameters.values())
-        self._pack_into = struct.Struct("<" + "".join(codes)).pack_into
+        self._codes = [_SCALARS[t] if isinstance(t, str) else "Q" for t in parameters.values()]
+        self._pack_into = struct.Struct("<" + "".join(self._codes)).pack_into
         self._arguments = _Arguments(self._count)
         self._functions: dict[int, tuple[int, int]] = {}
         self._driver: Any = None  # CuPy's module, imported on first use
@@ -115,6 +137,14 @@ class Kernel:
         arguments = self._arguments
         self._pack_into(arguments.values, 0, *values)
         self._launch(device, grid, block, arguments.address)
+
+    def prepare(
+        self, grid: tuple[int, int, int], block: tuple[int, int, int], *numbers: float
+    ) -> Launch:
+        """`launch` for repeated use with the same numbers, which have to come after all pointers."""
+        pointers = len(self._tensors)
+        packed = struct.pack("<" + "".join(self._codes[pointers:]), *numbers)
+        return Launch(self, grid, block, pointers, packed)
 
     def _launch(
         self,

@@ -62,6 +62,21 @@ def test_wrong_arguments(position: int, value: Any, error: type[Exception], mess
         kernel()(GRID, BLOCK, *values)
 
 
+def test_a_prepared_launch_passes_what_a_launch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = []
+
+    def record(self: Kernel, *launch: Any) -> None:
+        passed.append((*launch, self._arguments.values.raw))
+
+    monkeypatch.setattr(Kernel, "_launch", record)
+    parameters = {"partial": torch.float32, "tokens": "int64", "scale": "float32", "dim": "int32"}
+    column_sum = Kernel("rms_norm.cu", "column_sum<float,4>", parameters)
+    column_sum.launch(0, GRID, BLOCK, 2**40, -(2**40), 0.125, 7)
+    column_sum.launch(0, GRID, BLOCK, 0, 0, 0.0, 0)  # so that nothing is left from before
+    column_sum.prepare(GRID, BLOCK, -(2**40), 0.125, 7)(0, 2**40)
+    assert passed[0] == passed[2] != passed[1]
+
+
 class _FakeCuda(torch.Tensor):
     """A tensor that says it is on a GPU, so that a laptop gets to the checks behind that one."""
 

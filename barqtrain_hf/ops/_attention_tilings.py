@@ -1,0 +1,121 @@
+"""Tile shapes of the attention kernels on each GPU, and what those take at all."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from barqtrain_hf.ops._backend import cached, capability
+
+_PAD = 8  # elements between the rows of a tile in shared memory: kPitch of attention.cuh
+
+
+class Pass(NamedTuple):
+    """A kernel of the forward or backward pass.
+
+    Attributes:
+        name: of the kernel and of its file.
+        template: its arguments after the dtype.
+        rows, keys: of a tile.
+        threads, shared_bytes: of a block.
+    """
+
+    name: str
+    template: tuple[int, ...]
+    rows: int
+    keys: int
+    threads: int
+    shared_bytes: int
+
+
+class Tiling(NamedTuple):
+    """What runs for heads of up to ``dim`` dimensions.
+
+    Attributes:
+        dim: D.
+        forward: the forward pass.
+        backward: the launches of the backward pass.
+    """
+
+    dim: int
+    forward: Pass
+    backward: tuple[Pass, ...]
+
+
+def _forward(dim: int, rows: int, keys: int, warps: int, blocks: int) -> Pass:
+    """BM queries, BN keys, WARPS, BLOCKS on an SM."""
+    shared = (rows + 2 * keys) * (dim + _PAD) * 2
+    template = (dim, rows, keys, warps, blocks)
+    return Pass("flash_attention", template, rows, keys, 32 * warps, shared)
+
+
+def _backward(
+    dim: int, rows: int, keys: int, warps: int, split: int, stages: int, blocks: int, parts: int = 1
+) -> tuple[Pass, ...]:
+    """BM queries, BN keys, WARPS, of which SPLIT share rows of keys, STAGES of queries, BLOCKS on an SM.
+
+    In two parts, that of v and that of q and k, where the sums of all three do not fit into the registers.
+    """
+    pitch = dim + _PAD
+    elements = 2 * keys * pitch + 2 * stages * rows * pitch + split * keys * (rows + _PAD)
+    shared = 2 * elements + 8 * stages * rows  # the rows' statistics
+    shape = (dim, rows, keys, warps, split, stages)
+    return tuple(
+        Pass("flash_attention_backward", (*shape, part, blocks), rows, keys, 32 * warps, shared)
+        for part in ((0,) if parts == 1 else (1, 2))
+    )
+
+
+# Measured on an H200 (sm_90); the others are what fits into registers and shared memory: 163 KB and more on
+# sm_80 and sm_90, 99 KB on sm_86, 89 and 120, 64 KB on sm_75.
+_LARGE = (
+    Tiling(64, _forward(64, 128, 64, 4, 2), _backward(64, 32, 128, 4, 1, 2, 2)),
+    Tiling(96, _forward(96, 128, 64, 4, 2), _backward(96, 64, 128, 8, 1, 1, 1)),
+    Tiling(128, _forward(128, 128, 64, 4, 2), _backward(128, 64, 128, 8, 1, 1, 1)),
+    Tiling(256, _forward(256, 64, 64, 4, 1), _backward(256, 32, 64, 4, 1, 1, 1, parts=2)),
+)
+_HOPPER = (
+    Tiling(64, _forward(64, 128, 64, 4, 3), _backward(64, 32, 128, 4, 1, 2, 2)),
+    Tiling(96, _forward(96, 128, 64, 4, 2), _backward(96, 64, 128, 8, 2, 2, 1)),
+    Tiling(128, _forward(128, 128, 64, 4, 2), _backward(128, 64, 128, 8, 2, 2, 1)),
+    _LARGE[-1],
+)
+_MEDIUM = (
+    Tiling(64, _forward(64, 128, 64, 4, 2), _backward(64, 64, 64, 4, 1, 1, 2)),
+    Tiling(96, _forward(96, 128, 64, 8, 1), _backward(96, 64, 64, 4, 1, 1, 1)),
+    Tiling(128, _forward(128, 128, 64, 8, 1), _backward(128, 32, 64, 4, 1, 1, 1)),
+    Tiling(256, _forward(256, 64, 64, 4, 1), _backward(256, 32, 32, 2, 1, 1, 1, parts=2)),
+)
+_TURING = (
+    Tiling(64, _forward(64, 128, 64, 4, 1), _backward(64, 64, 64, 4, 1, 1, 1)),
+    Tiling(96, _forward(96, 64, 64, 4, 1), _backward(96, 32, 64, 4, 1, 1, 1)),
+    Tiling(128, _forward(128, 64, 64, 4, 1), _backward(128, 32, 64, 4, 1, 1, 1, parts=2)),
+)
+
+
+def _tilings(capability: tuple[int, int]) -> tuple[Tiling, ...]:
+    if capability < (8, 0):
+        return _TURING
+    return {(8, 0): _LARGE, (9, 0): _HOPPER}.get(capability, _MEDIUM)
+
+
+@functools.cache
+def tiling(device: int, dim: int) -> Tiling:
+    """The kernels for heads of ``dim`` dimensions."""
+    return next(t for t in _tilings(capability(device)) if dim <= t.dim)
+
+
+@cached
+def unsupported(dtype: torch.dtype, dim: int, device: int) -> str | None:
+    """Why the kernels cannot take queries of a dtype with ``dim`` dimensions a head, or None."""
+    major, minor = capability(device)
+    if dtype is torch.float32:
+        return "the tensor cores have no float32; use bfloat16 or float16, or autocast to one."
+    if (major, minor) < (7, 5) or (major < 8 and dtype is torch.bfloat16):
+        return f"a GPU of compute capability {major}.{minor} does not multiply {dtype}."
+    most = _tilings((major, minor))[-1].dim
+    if dim > most or dim % 8:
+        return f"a head has {dim} dimensions, not a multiple of 8 up to {most}."
+    return None
