@@ -62,7 +62,8 @@ struct Pieces {
   static constexpr int kDown = THREADS / kAcross, kCount = ROWS / kDown;
   static_assert(kDown <= ROWS && ROWS % kDown == 0, "whole passes");
   int row, column;
-  __device__ __forceinline__ Pieces() : row(threadIdx.x / kAcross), column(threadIdx.x % kAcross * 8) {}
+  __device__ __forceinline__ Pieces(unsigned thread = threadIdx.x)
+      : row(thread / kAcross), column(thread % kAcross * 8) {}
   __device__ __forceinline__ bool idle() const { return D / 8 != kAcross && column >= D; }
 };
 
@@ -85,6 +86,22 @@ __device__ __forceinline__ void load_tile(unsigned to, const T* rows, int stride
       const bool exists = i * piece.kDown < left;
       copy_async(to + i * kStep, exists ? from + i * piece.kDown * stride : rows, exists);
     }
+  }
+}
+
+// The same, into panels for wgmma.
+template <int ROWS, int D, int THREADS, typename T>
+__device__ __forceinline__ void load_panels(unsigned to, const T* rows, int stride, int first, int length,
+                                            int dim, unsigned thread = threadIdx.x) {
+  const Pieces<ROWS, D, THREADS> piece(thread);
+  static_assert(piece.kDown % 8 == 0, "a thread's pieces are exchanged alike");
+  const T* from = rows + static_cast<long long>(first) * stride + (piece.row * stride + piece.column);
+  to += piece.column / 64 * (ROWS * 128) + piece.row * 128 + (piece.column / 8 % 8 ^ piece.row % 8) * 16;
+  int left = piece.column < dim ? length - first - piece.row : 0;
+#pragma unroll 4
+  for (int i = 0; i < piece.kCount; ++i) {
+    copy_async(to, from, left > 0);
+    to += piece.kDown * 128, from += piece.kDown * stride, left -= piece.kDown;
   }
 }
 
@@ -294,11 +311,11 @@ struct Sixteen {
   }
 };
 
-// Stores a tile of gradients of turned rows, turned back.
-template <int ROWS, int D, int THREADS, typename T>
+// Stores a tile of gradients of turned rows, turned back. AHEAD pieces' loads are in flight at once.
+template <int ROWS, int D, int THREADS, int AHEAD = 1, typename T>
 __device__ __forceinline__ void store_turned_back(T* rows, int stride, int first, int length, int dim,
                                                   const T* tile, const Angles& angles) {
-#pragma unroll 1
+#pragma unroll AHEAD
   for (int i = threadIdx.x; i < ROWS * (D / 16); i += THREADS) {
     const int row = i / (D / 16), unit = i % (D / 16);
     if (first + row >= length) continue;

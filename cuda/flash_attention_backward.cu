@@ -12,6 +12,7 @@
 // waits for its turn at some steps' queries. Blocks with most work start first, and one never waits for a block
 // that starts after it. The last of them has the sum, turns it back and stores it.
 #include "attention.cuh"
+#include "attention_turns.cuh"
 
 // What a row of scores needs beside them: the forward pass's log of their sum, and the sum over the head of dO
 // times O. Also zeros for the turns.
@@ -42,47 +43,6 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
   for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
   if (token < tokens && column == 0) statistics[head * tokens + token] = {lse[head * tokens + token], sum};
-}
-
-// A turn is seen by a plain load, ahead of its need: what was added before it was passed is in the L2 cache by
-// then, where all that depends on it happens too (red, ld.cg).
-__device__ __forceinline__ int look_at_turn(const int* turn) {
-  int value;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(turn) : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void wait_for_turn(const int* turn, int wanted) {
-  int value;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(turn) : "memory");
-  } while (value != wanted);
-}
-
-__device__ __forceinline__ void pass_turn(int* turn, int next) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
-}
-
-__device__ __forceinline__ void add_in_memory(float* to, const float (&v)[4]) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]),
-               "f"(v[3])
-               : "memory");
-#else
-#pragma unroll
-  for (int e = 0; e < 4; ++e) atomicAdd(to + e, v[e]);
-#endif
-}
-
-// Eight bytes to shared memory without a register; zeros where there is nothing.
-__device__ __forceinline__ void copy_pair_async(float2* to, const float2* from, bool exists) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(exists ? 8 : 0)
-               : "memory");
-#else
-  *to = exists ? *from : float2{0.f, 0.f};
-#endif
 }
 
 // P^T from scores, and dS^T = P^T (dP^T - delta) without the scale, both rounded. CAPPED: a score is a tanh,
@@ -156,7 +116,8 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                 kRows = WARPS / kColumns, kA = BM / kRows / 16, kB = D / kColumns / 16;
   // Columns at a time, in groups of 16: few enough sums.
   constexpr int kPasses = kA * kB >= 8 ? kA * kB / 4 : 1, kC = kB / kPasses;
-  static_assert(kK * 16 * WARPS == BN * SPLIT && kD * SPLIT % 2 == 0 && kA * kRows * 16 == BM && kB * kColumns * 16 == D, "whole tiles");
+  static_assert(kK * 16 * WARPS == BN * SPLIT && kD * SPLIT % 2 == 0, "whole tiles");
+  static_assert(kA * kRows * 16 == BM && kB * kColumns * 16 == D, "whole tiles of dQ");
   extern __shared__ __align__(16) unsigned char shared[];
   T* k_tile = reinterpret_cast<T*>(shared);
   T* v_tile = k_tile + BN * kP;

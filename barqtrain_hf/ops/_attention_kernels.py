@@ -24,6 +24,8 @@ _NO_WINDOW = 2**30
 _TURN_SHIFT = 2  # log2 of the steps of the backward pass's blocks in one turn at dQ; measured
 _LAYOUT = ("batch", "token", "head")
 _LAYOUTS = 1024  # that are kept
+_MOST_TILES = 65535  # in a grid's third dimension
+_TILE_BYTES = 16
 
 
 class Kept(NamedTuple):
@@ -65,7 +67,7 @@ class _Forward(NamedTuple):
 
     kept: Kept
     turn: Launch | None
-    attend: Launch
+    attend: tuple[Launch, ...]  # more than one if there are more tiles than a grid takes
 
 
 def forward(
@@ -89,7 +91,7 @@ def forward(
     32 + 8 heads of 128, keys apart, on an H200. The turned ones are kept in place of the others.
     """
     device, shape = q.get_device(), q.shape
-    shapes, view = _shapes(device, shape[3], causal, window)
+    shapes, view = _shapes(device, shape[3], softcap is not None, causal, window)
     table, tiles, _ = _tiles(q, shape, cu_seqlens, max_seqlen, shapes.forward.rows, False, view)
     kept, turn, attend = _forward_plan(
         device,
@@ -111,7 +113,10 @@ def forward(
         turn(device, queries, keys, cos.data_ptr(), sin.data_ptr(), 0, *turned)
         queries, keys = turned
     inputs = (queries, keys, v.data_ptr(), out.data_ptr(), start + kept.lse)
-    attend(device, *inputs, table.data_ptr())
+    work = table.data_ptr()
+    for launch in attend:
+        launch(device, *inputs, work)
+        work += _MOST_TILES * _TILE_BYTES
     return out, buffer
 
 
@@ -128,7 +133,7 @@ def _forward_plan(
     settings: tuple[float, ...],
 ) -> _Forward:
     batch, length, heads, dim = q_shape
-    forward = tiling(device, dim).forward
+    forward = tiling(device, dim, settings[1] > 0.0).forward
     kept = Kept.of(q_shape, k_shape, angles is not None)
     of_q, of_k, of_v = strides
     turn = None
@@ -150,10 +155,20 @@ def _forward_plan(
         of_q, of_k = turned
     steps = _steps((of_q, of_k, of_v, _contiguous(q_shape)), packed)
     sizes = (batch * length, 0 if packed else length, heads, heads // k_shape[2], dim)
-    attend = _forward_kernel(dtype, forward).prepare(
-        (tiles * heads, 1, 1), (forward.threads, 1, 1), *steps, *sizes, *settings
-    )
-    return _Forward(kept, turn, attend)
+    kernel = _forward_kernel(dtype, forward)
+    attend = [
+        kernel.prepare(grid, (forward.threads, 1, 1), *steps, *sizes, *settings)
+        for grid in _grids(forward, tiles, heads, k_shape[2])
+    ]
+    return _Forward(kept, turn, tuple(attend))
+
+
+def _grids(forward: Pass, tiles: int, heads: int, kv_heads: int) -> list[tuple[int, int, int]]:
+    """All heads of a tile before the next tile's."""
+    if not forward.wgmma:
+        return [(tiles * heads, 1, 1)]
+    numbers = (min(_MOST_TILES, tiles - first) for first in range(0, tiles, _MOST_TILES))
+    return [(heads // kv_heads, kv_heads, number) for number in numbers]
 
 
 class _Backward(NamedTuple):
@@ -196,7 +211,7 @@ def backward(
 ) -> Gradients:
     """The gradients, contiguous, from what `forward` returned; q and k only if that did not turn them."""
     device, shape = out.get_device(), out.shape
-    shapes, view = _shapes(device, shape[3], causal, window)
+    shapes, view = _shapes(device, shape[3], softcap is not None, causal, window)
     keys_of_tile = shapes.backward[0].keys
     table, tiles, documents = _tiles(out, shape, cu_seqlens, max_seqlen, keys_of_tile, True, view)
     plan = _backward_plan(
@@ -250,7 +265,7 @@ def _backward_plan(
 ) -> _Backward:
     batch, length, heads, dim = q_shape
     tokens, kv_heads = batch * length, k_shape[2]
-    shapes = tiling(device, dim)
+    shapes = tiling(device, dim, settings[1] > 0.0)
     rows = shapes.backward[0].rows
     of_v, of_dout, of_out = strides
     of_q, of_k = inputs or (_contiguous(q_shape), _contiguous(k_shape))
@@ -297,8 +312,10 @@ def _backward_plan(
 
 
 @functools.cache
-def _shapes(device: int, dim: int, causal: bool, window: int | None) -> tuple[Tiling, View]:
-    return tiling(device, dim), View(causal, window)
+def _shapes(
+    device: int, dim: int, capped: bool, causal: bool, window: int | None
+) -> tuple[Tiling, View]:
+    return tiling(device, dim, capped), View(causal, window)
 
 
 def _tiles(

@@ -29,6 +29,11 @@ class Pass(NamedTuple):
     threads: int
     shared_bytes: int
 
+    @property
+    def wgmma(self) -> bool:
+        """Whether it is one of Hopper's."""
+        return self.name.endswith("_hopper")
+
 
 class Tiling(NamedTuple):
     """What runs for heads of up to ``dim`` dimensions.
@@ -68,6 +73,21 @@ def _backward(
     )
 
 
+def _forward_hopper(dim: int, rows: int, keys: int, blocks: int) -> Pass:
+    """BM queries, BN keys, BLOCKS on an SM, of two warpgroups."""
+    shared = (rows + 4 * keys) * dim * 2
+    template = (dim, rows, keys, blocks)
+    return Pass("flash_attention_hopper", template, rows, keys, 256, shared)
+
+
+def _backward_hopper(dim: int) -> tuple[Pass, ...]:
+    """Two warpgroups with 64 keys each, and one that loads three stages of 64 queries."""
+    rows, keys, stages = 64, 128, 3
+    tiles = 2 * (2 * keys * dim + 2 * stages * rows * dim + 2 * keys * rows) + 4 * rows * dim
+    shared = tiles + 8 * stages * rows + 256  # statistics; the kernel's Work and barriers
+    return (Pass("flash_attention_backward_hopper", (dim,), rows, keys, 384, shared),)
+
+
 # Measured on an H200 (sm_90); the others are what fits into registers and shared memory: 163 KB and more on
 # sm_80 and sm_90, 99 KB on sm_86, 89 and 120, 64 KB on sm_75.
 _LARGE = (
@@ -77,9 +97,15 @@ _LARGE = (
     Tiling(256, _forward(256, 64, 64, 4, 1), _backward(256, 32, 64, 4, 1, 1, 1, parts=2)),
 )
 _HOPPER = (
-    Tiling(64, _forward(64, 128, 64, 4, 3), _backward(64, 32, 128, 4, 1, 2, 2)),
-    Tiling(96, _forward(96, 128, 64, 4, 2), _backward(96, 64, 128, 8, 2, 2, 1)),
-    Tiling(128, _forward(128, 128, 64, 4, 2), _backward(128, 64, 128, 8, 2, 2, 1)),
+    Tiling(64, _forward_hopper(64, 128, 128, 2), _backward_hopper(64)),
+    Tiling(128, _forward_hopper(128, 128, 64, 2), _backward_hopper(128)),
+    _LARGE[-1],
+)
+# Hopper's backward kernel does not know capped scores.
+_HOPPER_CAPPED = (
+    Tiling(64, _HOPPER[0].forward, _LARGE[0].backward),
+    Tiling(96, _HOPPER[1].forward, _backward(96, 64, 128, 8, 2, 2, 1)),
+    Tiling(128, _HOPPER[1].forward, _backward(128, 64, 128, 8, 2, 2, 1)),
     _LARGE[-1],
 )
 _MEDIUM = (
@@ -95,16 +121,18 @@ _TURING = (
 )
 
 
-def _tilings(capability: tuple[int, int]) -> tuple[Tiling, ...]:
+def _tilings(capability: tuple[int, int], capped: bool) -> tuple[Tiling, ...]:
     if capability < (8, 0):
         return _TURING
-    return {(8, 0): _LARGE, (9, 0): _HOPPER}.get(capability, _MEDIUM)
+    if capability == (9, 0):
+        return _HOPPER_CAPPED if capped else _HOPPER
+    return _LARGE if capability == (8, 0) else _MEDIUM
 
 
 @functools.cache
-def tiling(device: int, dim: int) -> Tiling:
-    """The kernels for heads of ``dim`` dimensions."""
-    return next(t for t in _tilings(capability(device)) if dim <= t.dim)
+def tiling(device: int, dim: int, capped: bool) -> Tiling:
+    """The kernels for heads of ``dim`` dimensions, with capped scores or not."""
+    return next(t for t in _tilings(capability(device), capped) if dim <= t.dim)
 
 
 @cached
@@ -115,7 +143,7 @@ def unsupported(dtype: torch.dtype, dim: int, device: int) -> str | None:
         return "the tensor cores have no float32; use bfloat16 or float16, or autocast to one."
     if (major, minor) < (7, 5) or (major < 8 and dtype is torch.bfloat16):
         return f"a GPU of compute capability {major}.{minor} does not multiply {dtype}."
-    most = _tilings((major, minor))[-1].dim
+    most = _tilings((major, minor), False)[-1].dim
     if dim > most or dim % 8:
         return f"a head has {dim} dimensions, not a multiple of 8 up to {most}."
     return None

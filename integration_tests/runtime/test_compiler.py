@@ -33,6 +33,8 @@ def test_every_shipped_kernel_compiles_everywhere_without_spills() -> None:
     ):
         assert program.cubin[:4] == b"\x7fELF"
         assert set(program.resources) == set(instantiations(source, arch))
+        # Hopper's products run one after another where ptxas does not trust the code around them.
+        assert "serialized" not in program.log, program.log
         for name, used in program.resources.items():
             assert used.spill_bytes == 0, f"{name} spills {used.spill_bytes} bytes on sm_{arch}"
             assert 0 < used.registers <= 255
