@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments, unpatch_model
 from barqtrain_hf.ops import linear_cross_entropy
-from barqtrain_hf.patching import head
+from barqtrain_hf.patching import attention_interface, head
 
 STEPS = 4
 
@@ -125,7 +125,9 @@ def assert_equal_runs(
         steps = options.get("max_steps", STEPS) * options.get("gradient_accumulation_steps", 1)
         assert ours["fused"] in ((steps, 3), (1, 3) if options.get("torch_compile") else None)
         assert "linear_cross_entropy" in trainer.barq_report.installed, str(trainer.barq_report)
-        assert not trainer.barq_report.fallbacks, str(trainer.barq_report)
+        # Padded rows are left to stock attention, where ours runs: on a GPU.
+        allowed = {("attention", attention_interface._PADDED)}
+        assert set(trainer.barq_report.fallbacks) <= allowed, str(trainer.barq_report)
     return trainer
 
 
