@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, LEAF_OPS, counts, tiny_model
+from test_attention_in_training import losses
 from test_lora_head import lora_on_the_head
-from test_parity import assert_equal_runs
+from test_packed_training import documents
+from test_parity import arguments, assert_equal_runs
+from transformers import Trainer, TrainingArguments
 
-from barqtrain_hf import patch_model
+from barqtrain_hf import BarqTrainer, BarqTrainingArguments, patch_model
+from barqtrain_hf.data import BarqDataCollator, PackedDataset
 from barqtrain_hf.ops import CountedTarget
 from barqtrain_hf.runtime import Kernel
 
@@ -93,6 +97,29 @@ def test_settings(options: dict[str, Any], launches: list[str], tmp_path: Path) 
         lambda: tiny_model("llama"), tmp_path, use_cpu=False, tolerance=tolerance, **options
     )
     assert {*KERNELS["rms_norm"], *KERNELS["glu"], *KERNELS["rope"], *LOSS} <= set(launches)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_packed_rows(family: str, launches: list[str], tmp_path: Path) -> None:
+    """Attention's kernels keep documents apart as stock attention's mask does."""
+    options = arguments(tmp_path, use_cpu=False, bf16=True)
+    stock = Trainer(
+        tiny_model(family),
+        TrainingArguments(**options),
+        train_dataset=PackedDataset(documents(200), 64),
+        data_collator=BarqDataCollator(),
+    )
+    ours = BarqTrainer(
+        tiny_model(family),
+        BarqTrainingArguments(**options),
+        train_dataset=PackedDataset(documents(200), 64),
+    )
+    expected = losses(stock)
+    launches.clear()
+    assert losses(ours) == pytest.approx(expected, rel=2e-2)
+    assert not ours.barq_report.fallbacks, str(ours.barq_report)
+    kernels = {name.split(".")[1].removesuffix("_hopper") for name in launches}
+    assert kernels >= {"flash_attention", "attention_statistics", "flash_attention_backward"}
 
 
 def test_lora(launches: list[str], tmp_path: Path) -> None:
