@@ -120,7 +120,7 @@ def _loadable(
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:
-    """x, copied if its heads are no whole vectors of 16 bytes."""
+    """x, copied if its heads are no whole vectors of 16 bytes, or too far apart."""
     if _are_vectors(x.stride()) and not x.data_ptr() % 16:
         return x
     return x.clone(memory_format=torch.contiguous_format)
@@ -128,7 +128,11 @@ def _vectors(x: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _are_vectors(*strides: tuple[int, ...]) -> bool:
-    return all(s[3] == 1 and not (s[0] | s[1] | s[2]) % 8 for s in strides)
+    # The kernels step over a tile's tokens, and from head to head, in 32 bits.
+    return all(
+        s[3] == 1 and not (s[0] | s[1] | s[2]) % 8 and s[1] < 2**24 and s[2] < 2**31
+        for s in strides
+    )
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ Angles = tuple[tuple[int, ...], torch.dtype, bool]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _Strides = tuple[int, ...]
 
-_NO_WINDOW = 2**30
+_NO_WINDOW = 2**30  # and no window is wider
 _TURN_SHIFT = 2  # log2 of the steps of the backward pass's blocks in one turn at dQ; measured
 _LAYOUT = ("batch", "token", "head")
 _LAYOUTS = 1024  # that are kept
@@ -91,6 +91,7 @@ def forward(
     32 + 8 heads of 128, keys apart, on an H200. The turned ones are kept in place of the others.
     """
     device, shape = q.get_device(), q.shape
+    window = min(window or _NO_WINDOW, _NO_WINDOW)
     shapes, view = _shapes(device, shape[3], softcap is not None, causal, window)
     table, tiles, _ = _tiles(q, shape, cu_seqlens, max_seqlen, shapes.forward.rows, False, view)
     kept, turn, attend = _forward_plan(
@@ -102,7 +103,7 @@ def forward(
         (q.stride(), k.stride(), v.stride()),
         cu_seqlens is not None,
         None if cos is None else (cos.shape, cos.dtype, interleaved),
-        (scale, softcap or 0.0, causal, window or _NO_WINDOW),
+        (scale, softcap or 0.0, causal, window),
     )
     out, buffer = outputs(q, kept)
     if not tiles:
@@ -211,6 +212,7 @@ def backward(
 ) -> Gradients:
     """The gradients, contiguous, from what `forward` returned; q and k only if that did not turn them."""
     device, shape = out.get_device(), out.shape
+    window = min(window or _NO_WINDOW, _NO_WINDOW)
     shapes, view = _shapes(device, shape[3], softcap is not None, causal, window)
     keys_of_tile = shapes.backward[0].keys
     table, tiles, documents = _tiles(out, shape, cu_seqlens, max_seqlen, keys_of_tile, True, view)
@@ -225,7 +227,7 @@ def backward(
         (v.stride(), dout.stride(), out.stride()),
         cu_seqlens is not None,
         None if cos is None else (cos.shape, cos.dtype, interleaved),
-        (scale, softcap or 0.0, causal, window or _NO_WINDOW),
+        (scale, softcap or 0.0, causal, window),
     )
     dq, dk, dv = gradients(out, v)
     if not tiles:
@@ -312,9 +314,7 @@ def _backward_plan(
 
 
 @functools.cache
-def _shapes(
-    device: int, dim: int, capped: bool, causal: bool, window: int | None
-) -> tuple[Tiling, View]:
+def _shapes(device: int, dim: int, capped: bool, causal: bool, window: int) -> tuple[Tiling, View]:
     return tiling(device, dim, capped), View(causal, window)
 
 

@@ -16,7 +16,7 @@ from attention_cases import Case, assert_as_accurate, cu_seqlens, draw, exact, o
 from norm_cases import misaligned
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from barqtrain_hf.ops import Rope, _documents, apply_rope, flash_attention
+from barqtrain_hf.ops import Rope, _attention_autograd, _documents, apply_rope, flash_attention
 from barqtrain_hf.ops.attention import flash_attention_reference
 
 HALF = [torch.bfloat16, torch.float16]
@@ -120,6 +120,20 @@ def test_rope_is_apply_rope_and_attention(batch: int, backend: str) -> None:
         out = flash_attention(*turned, v, backend=backend)  # type: ignore[arg-type]
         for mine, other in zip(fused, [out, *torch.autograd.grad(out, leaves, dout)], strict=True):
             assert (mine - other).norm() <= 1e-2 * other.norm()
+
+
+def test_tokens_too_far_apart_are_copied() -> None:
+    far = torch.zeros(2**24 + 8, dtype=torch.bfloat16).as_strided((1, 2, 1, 8), (0, 2**24, 8, 1))
+    assert _attention_autograd._vectors(far).is_contiguous()
+    near = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16)[..., :8]
+    assert _attention_autograd._vectors(near) is near
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_window_of_any_size(backend: str) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8, device=on(backend)).bfloat16() for _ in range(3))
+    whole = flash_attention(q, k, v, backend=backend)
+    assert torch.equal(flash_attention(q, k, v, window=2**40, backend=backend), whole)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

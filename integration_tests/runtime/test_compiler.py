@@ -38,6 +38,9 @@ def test_every_shipped_kernel_compiles_everywhere_without_spills() -> None:
         for name, used in program.resources.items():
             assert used.spill_bytes == 0, f"{name} spills {used.spill_bytes} bytes on sm_{arch}"
             assert 0 < used.registers <= 255
+            if name.startswith("flash_attention_backward_hopper"):
+                # Its warpgroups share these anew; with fewer they would wait for the rest forever.
+                assert used.registers == 168, name
             compiled += 1
     jobs = itertools.product(compiler.shipped_sources(), device.SHIPPED_ARCHITECTURES)
     assert compiled == sum(len(instantiations(*job)) for job in jobs)
