@@ -89,22 +89,6 @@ __device__ __forceinline__ void load_tile(unsigned to, const T* rows, int stride
   }
 }
 
-// The same, into panels for wgmma.
-template <int ROWS, int D, int THREADS, typename T>
-__device__ __forceinline__ void load_panels(unsigned to, const T* rows, int stride, int first, int length,
-                                            int dim, unsigned thread = threadIdx.x) {
-  const Pieces<ROWS, D, THREADS> piece(thread);
-  static_assert(piece.kDown % 8 == 0, "a thread's pieces are exchanged alike");
-  const T* from = rows + static_cast<long long>(first) * stride + (piece.row * stride + piece.column);
-  to += piece.column / 64 * (ROWS * 128) + piece.row * 128 + (piece.column / 8 % 8 ^ piece.row % 8) * 16;
-  int left = piece.column < dim ? length - first - piece.row : 0;
-#pragma unroll 4
-  for (int i = 0; i < piece.kCount; ++i) {
-    copy_async(to, from, left > 0);
-    to += piece.kDown * 128, from += piece.kDown * stride, left -= piece.kDown;
-  }
-}
-
 // The reverse, after the tile was written to shared memory.
 template <int ROWS, int D, int THREADS, typename T>
 __device__ __forceinline__ void store_tile(T* rows, int stride, int first, int length, int dim,

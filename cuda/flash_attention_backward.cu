@@ -11,8 +11,7 @@
 // dQ is summed over the blocks of a document in device memory, in the order in which the blocks started: each
 // waits for its turn at some steps' queries. Blocks with most work start first, and one never waits for a block
 // that starts after it. The last of them has the sum, turns it back and stores it.
-#include "attention.cuh"
-#include "attention_turns.cuh"
+#include "attention_backward.cuh"
 
 // What a row of scores needs beside them: the forward pass's log of their sum, and the sum over the head of dO
 // times O. Also zeros for the turns.
@@ -125,40 +124,16 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   T* ds_tile = q_tile + 2 * STAGES * BM * kP;  // transposed: [BN, BM]
   T* p_tile = ds_tile + BN * kS;                // the same for P, if SPLIT
   float2* rows = reinterpret_cast<float2*>(p_tile + (SPLIT > 1 ? BN * kS : 0));  // STAGES times the queries' statistics
-  // What is needed once a step or less, so that it does not take registers from the sums.
-  __shared__ struct {
-    const T *q, *dout;
-    const float2* statistics;
-    T *dq, *dk, *dv;
-    float* sums;
-    int* turns;
-    Angles angles;
-    Tile tile;
-    int kv_head;
-  } work;
+  __shared__ Work<T> work;
   const int warp = warp_index(), lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4 * 2;
   const int kv_heads = heads / group;
   const Mask mask{causal, window};
 
   if (threadIdx.x == 0) {
-    // Blocks take work in the order in which they start.
-    const int ticket = atomicAdd(turns, 1);
-    const Tile tile = tiles[ticket / kv_heads];
-    const int kv_head = ticket % kv_heads, head = kv_head * group;
-    work.tile = tile;
-    work.angles = Angles{cos, sin, rotary, interleaved, fp32_angles}.of(tile, row_length, angles_batch);
-    work.kv_head = kv_head;
-    work.q = rows_of(q, {q_batch, q_token, q_head}, tile, row_length, head);
-    work.dout = rows_of(dout, {do_batch, do_token, do_head}, tile, row_length, head);
-    work.statistics = statistics + head * tokens + tile.start;
-    work.dq = dq + (tile.start * static_cast<long long>(heads) + head) * dim;
-    const long long at = (tile.start * static_cast<long long>(kv_heads) + kv_head) * dim;
-    work.dk = dk + at;
-    work.dv = dv + at;
-    // Tiles of queries of all documents have room for a short one at the end of each.
-    const int query_tile = kv_head * query_tiles + tile.start / BM + tile.document;
-    work.turns = turns + 1 + query_tile * group;
-    work.sums = sums + query_tile * static_cast<long long>(group * BM * D);
+    const Angles angles{cos, sin, rotary, interleaved, fp32_angles};
+    work.template take<BM, D>({q, dout, statistics, dq, dk, dv, sums, turns, angles}, tiles, {q_batch, q_token, q_head},
+                              {do_batch, do_token, do_head}, angles_batch, tokens, row_length, query_tiles, heads,
+                              group, dim);
   }
   __syncthreads();
   const int length = work.tile.length, first = work.tile.first, number = first / BN;

@@ -5,8 +5,7 @@
 // Two warpgroups have 64 keys each, a third loads. A step's five products are in flight while the warps compute:
 // P while dP = V dO^T is multiplied, dS while dV += P^T dO, and dQ is added up in device memory while the next
 // step's scores K Q^T are. Three stages of queries and two of dS leave one barrier to a step.
-#include "attention.cuh"
-#include "attention_turns.cuh"
+#include "attention_backward.cuh"
 #include "wgmma.cuh"
 
 // Where shared memory begins, found anew wherever it is asked for: registers that would keep it are wanted.
@@ -14,6 +13,22 @@ __device__ __forceinline__ unsigned shared_start(const void* shared) {
   unsigned at;
   asm volatile("{ .reg .b64 a; cvta.to.shared.u64 a, %1; cvt.u32.u64 %0, a; }" : "=r"(at) : "l"(shared));
   return at;
+}
+
+// As load_tile, into panels.
+template <int ROWS, int D, int THREADS, typename T>
+__device__ __forceinline__ void load_panels(unsigned to, const T* rows, int stride, int first, int length,
+                                            int dim, unsigned thread = threadIdx.x) {
+  const Pieces<ROWS, D, THREADS> piece(thread);
+  static_assert(piece.kDown % 8 == 0, "a thread's pieces are exchanged alike");
+  const T* from = rows + static_cast<long long>(first) * stride + (piece.row * stride + piece.column);
+  to += piece_at<ROWS>(piece.row, piece.column);
+  int left = piece.column < dim ? length - first - piece.row : 0;
+#pragma unroll 4
+  for (int i = 0; i < piece.kCount; ++i) {
+    copy_async(to, from, left > 0);
+    to += piece.kDown * 128, from += piece.kDown * stride, left -= piece.kDown;
+  }
 }
 
 template <typename T, int D>
@@ -51,18 +66,7 @@ __global__ void __launch_bounds__(384, 1)
   T* const dq_tile = reinterpret_cast<T*>(rest);
   float* const landing = reinterpret_cast<float*>(rest);  // the other blocks' dQ of a step, until it is the tile
   float2* const rows = reinterpret_cast<float2*>(landing + kM * D);  // kStages times the queries' statistics
-  // What is needed once a step or less, so that it does not take registers from the sums.
-  struct Work {
-    const T *q, *dout;
-    const float2* statistics;
-    T *dq, *dk, *dv;
-    float* sums;
-    int* turns;
-    Angles angles;
-    Tile tile;
-    int kv_head;
-  };
-  Work& work = *reinterpret_cast<Work*>(rows + kStages * kM);
+  Work<T>& work = *reinterpret_cast<Work<T>*>(rows + kStages * kM);
   const unsigned full_at = shared_address(&work + 1), empty_at = full_at + kStages * 8;
   const int warp = warp_index(), warpgroup = warp / 4, lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4 * 2;
   const int kv_heads = heads / group;
@@ -73,24 +77,10 @@ __global__ void __launch_bounds__(384, 1)
       make_barrier(full_at + i * 8, kLoaders);
       make_barrier(empty_at + i * 8, kThreads / 32);
     }
-    // Blocks take work in the order in which they start.
-    const int ticket = atomicAdd(turns, 1);
-    const Tile tile = tiles[ticket / kv_heads];
-    const int kv_head = ticket % kv_heads, head = kv_head * group;
-    work.tile = tile;
-    work.angles = Angles{cos, sin, rotary, interleaved, fp32_angles}.of(tile, row_length, angles_batch);
-    work.kv_head = kv_head;
-    work.q = rows_of(q, {q_batch, q_token, q_head}, tile, row_length, head);
-    work.dout = rows_of(dout, {do_batch, do_token, do_head}, tile, row_length, head);
-    work.statistics = statistics + head * tokens + tile.start;
-    work.dq = dq + (tile.start * static_cast<long long>(heads) + head) * dim;
-    const long long at = (tile.start * static_cast<long long>(kv_heads) + kv_head) * dim;
-    work.dk = dk + at;
-    work.dv = dv + at;
-    // Tiles of queries of all documents have room for a short one at the end of each.
-    const int query_tile = kv_head * query_tiles + tile.start / kM + tile.document;
-    work.turns = turns + 1 + query_tile * group;
-    work.sums = sums + query_tile * static_cast<long long>(group * kM * D);
+    const Angles angles{cos, sin, rotary, interleaved, fp32_angles};
+    work.template take<kM, D>({q, dout, statistics, dq, dk, dv, sums, turns, angles}, tiles, {q_batch, q_token, q_head},
+                              {do_batch, do_token, do_head}, angles_batch, tokens, row_length, query_tiles, heads,
+                              group, dim);
   }
   __syncthreads();
   const int length = work.tile.length, first = work.tile.first, number = first / kN;
