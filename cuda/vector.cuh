@@ -111,6 +111,11 @@ struct Held {
     for (int k = 0; k < kWords; ++k)
       words[k] = reinterpret_cast<const uint4*>(from)[index * kWords + k];
   }
+  // What is not read again soon is the first to leave the caches.
+  __device__ __forceinline__ void load_streaming(const T* from) {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) words[k] = __ldcs(reinterpret_cast<const uint4*>(from) + k);
+  }
   __device__ __forceinline__ void store(T* to, long long index) const {
 #pragma unroll
     for (int k = 0; k < kWords; ++k) reinterpret_cast<uint4*>(to)[index * kWords + k] = words[k];

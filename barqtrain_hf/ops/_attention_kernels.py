@@ -286,7 +286,7 @@ def _backward_plan(
     count = each * len(shapes.backward)
     lanes = 8 if dim <= 64 else 16 if dim <= 128 else 32
     prepare = _statistics_kernel(dtype, lanes).prepare(
-        (-(-tokens * heads * lanes // 256), 1, 1),
+        (-(-tokens * lanes // 256), -(-heads // 2), 1),
         (256, 1, 1),
         *_steps((of_dout, of_out), False),
         *(tokens, length, heads, dim, count),
