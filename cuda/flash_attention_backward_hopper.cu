@@ -55,6 +55,7 @@ __global__ void __launch_bounds__(384, 1)
         float,  // the portable kernel's softcap
         int causal, int window, int rotary, int interleaved, int fp32_angles) {
   constexpr int kThreads = 256, kLoaders = 128, kM = 64, kN = 128, kStages = 3;
+  constexpr int kMeeting = 1, kEmpty = 2;  // barriers: of those that compute; of each stage, with the loaders
   constexpr int kParts = kM * D / 4 / kThreads;  // of dQ's tile, each four elements, a thread has
   // dK's product takes dS from registers where the sums leave enough of them.
   constexpr bool kKeepDs = D == 64;
@@ -67,16 +68,13 @@ __global__ void __launch_bounds__(384, 1)
   float* const landing = reinterpret_cast<float*>(rest);  // the other blocks' dQ of a step, until it is the tile
   float2* const rows = reinterpret_cast<float2*>(landing + kM * D);  // kStages times the queries' statistics
   Work<T>& work = *reinterpret_cast<Work<T>*>(rows + kStages * kM);
-  const unsigned full_at = shared_address(&work + 1), empty_at = full_at + kStages * 8;
+  const unsigned full_at = shared_address(&work + 1);
   const int warp = warp_index(), warpgroup = warp / 4, lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4 * 2;
   const int kv_heads = heads / group;
   const Mask mask{causal, window};
 
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      make_barrier(full_at + i * 8, kLoaders);
-      make_barrier(empty_at + i * 8, kThreads / 32);
-    }
+    for (int i = 0; i < kStages; ++i) make_barrier(full_at + i * 8, kLoaders);
     const Angles angles{cos, sin, rotary, interleaved, fp32_angles};
     work.template take<kM, D>({q, dout, statistics, dq, dk, dv, sums, turns, angles}, tiles, {q_batch, q_token, q_head},
                               {do_batch, do_token, do_head}, angles_batch, tokens, row_length, query_tiles, heads,
@@ -92,18 +90,21 @@ __global__ void __launch_bounds__(384, 1)
   if (warp >= kThreads / 32) {
     leave_registers<24>();  // 24 * 128 + 240 * 256 are what 384 threads have at the start
     const unsigned thread = threadIdx.x - kThreads;
-    for (int step = 0, stage = 0, passage = 1, m = end_m - 1, g = group - 1; step < steps; ++step) {
-      wait_for(empty_at + stage * 8, passage);
-      const int at = m * kM;
-      const unsigned to = shared_start(shared) + kQ + 2 * stage * kQueries;
-      load_panels<kM, D, kLoaders>(to, work.q + g * q_head, q_token, at, length, dim, thread);
-      load_panels<kM, D, kLoaders>(to + kQueries, work.dout + g * do_head, do_token, at, length, dim, thread);
-      if (thread < kM)
-        copy_pair_async(rows + stage * kM + thread, work.statistics + g * tokens + min(at + thread, length - 1),
-                        at + thread < length);
-      arrive_with_copies(full_at + stage * 8);
-      if (--g < 0) g = group - 1, --m;
-      if (++stage == kStages) stage = 0, passage ^= 1;
+    // After the last load come the stages whose leaving nobody has waited for.
+    for (int step = 0, stage = 0, m = end_m - 1, g = group - 1; step < steps + kStages - 1; ++step) {
+      if (step >= kStages) wait_for_group<kThreads + kLoaders>(kEmpty + stage);
+      if (step < steps) {
+        const int at = m * kM;
+        const unsigned to = shared_start(shared) + kQ + 2 * stage * kQueries;
+        load_panels<kM, D, kLoaders>(to, work.q + g * q_head, q_token, at, length, dim, thread);
+        load_panels<kM, D, kLoaders>(to + kQueries, work.dout + g * do_head, do_token, at, length, dim, thread);
+        if (thread < kM)
+          copy_pair_async(rows + stage * kM + thread, work.statistics + g * tokens + min(at + thread, length - 1),
+                          at + thread < length);
+        arrive_with_copies(full_at + stage * 8);
+        if (--g < 0) g = group - 1, --m;
+      }
+      if (++stage == kStages) stage = 0;
     }
     wait_for_copies();
     return;
@@ -249,7 +250,7 @@ __global__ void __launch_bounds__(384, 1)
         const float4 others = *reinterpret_cast<const float4*>(landing + (f * kThreads + threadIdx.x) * 4);
         sum[f][0] += others.x, sum[f][1] += others.y, sum[f][2] += others.z, sum[f][3] += others.w;
       }
-      wait_for_group<kThreads>(1);
+      wait_for_group<kThreads>(kMeeting);
     }
 #pragma unroll
     for (int f = 0; f < kParts; ++f)
@@ -257,7 +258,7 @@ __global__ void __launch_bounds__(384, 1)
       for (int h = 0; h < 2; ++h)
         *reinterpret_cast<unsigned*>(dq_tile + (warp % 4 * 16 + row + h * 8) * kPitch<D> + dq_column + f * 8 +
                                      pair) = pack_pair<T>(sum[f][2 * h] * scale, sum[f][2 * h + 1] * scale);
-    wait_for_group<kThreads>(1);
+    wait_for_group<kThreads>(kMeeting);
     store_turned_back<kM, D, kThreads>(work.dq + g * dim, heads * dim, m * kM, length, dim, dq_tile, work.angles);
   };
 
@@ -267,27 +268,29 @@ __global__ void __launch_bounds__(384, 1)
     return window >= length ? number : number - mask.first_key((unit << shift) / group * kM) / kN;
   };
   const int in_unit = (1 << shift) - 1, last_place = end_m * group - 1;
-  int looked = 0;
-  const auto begins = [&](int step) { return step == 0 || (last_place - step & in_unit) == in_unit; };
+  int unit, looked;
+  bool begins;  // a unit, and this is the thread that tells the other blocks
   const auto look = [&](int step) {
-    if (threadIdx.x == 0 && begins(step)) looked = look_at_turn(work.turns + (last_place - step >> shift));
+    const int place = last_place - step;
+    unit = place >> shift;
+    begins = threadIdx.x == 0 && (step == 0 || (place & in_unit) == in_unit);
+    if (begins) looked = look_at_turn(work.turns + unit);
   };
+  int m = end_m - 1, g = group - 1, stage = 0, passage = 0;
   // After it dS is whole, the next queries are here, and it is this block's turn. The step before has added its
   // dQ, and its queries and dS have been read.
   const auto meet = [&](int step) {
-    const int unit = last_place - step >> shift;
-    const bool turn = threadIdx.x == 0 && begins(step);
-    if (turn && looked != before(unit)) wait_for_turn(work.turns + unit, before(unit));
-    wait_for_group<kThreads>(1);
-    if (turn && step > 0) pass_turn(work.turns + unit + 1, before(unit + 1) + 1);
+    if (begins && looked != before(unit)) wait_for_turn(work.turns + unit, before(unit));
+    wait_for_group<kThreads>(kMeeting);
+    if (step > 0) leave_group<kThreads + kLoaders>(kEmpty + (stage == 0 ? kStages - 1 : stage - 1));
+    if (begins && step > 0) pass_turn(work.turns + unit + 1, before(unit + 1) + 1);
   };
 
-  int m = end_m - 1, g = group - 1, stage = 0, passage = 0;
   look(0);
   wait_for_copies();
   wait_for(full_at, 0);
   publish_shared();
-  wait_for_group<kThreads>(1);
+  wait_for_group<kThreads>(kMeeting);
   pin(dk_sum);
   pin(dv_sum);
   begin_products();
@@ -312,7 +315,6 @@ __global__ void __launch_bounds__(384, 1)
     stage = next_stage;
     look(step + 1);
     weigh(m, stage, (step + 1) % 2);
-    if (lane == 0) arrive(empty_at + (stage == 0 ? kStages - 1 : stage - 1) * 8);  // the step before's
   }
   meet(steps - 1);
   multiply_dq((steps + 1) % 2);
@@ -324,7 +326,7 @@ __global__ void __launch_bounds__(384, 1)
   wait_for_products<0>();
   pin(dk_sum);
   pin(dv_sum);
-  wait_for_group<kThreads>(1);
+  wait_for_group<kThreads>(kMeeting);
   if (threadIdx.x == 0) {
     const int unit = first_m * group >> shift;
     pass_turn(work.turns + unit, before(unit) + 1);
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(384, 1)
           pack_pair<T>(dk_sum[d][2 * h] * scale, dk_sum[d][2 * h + 1] * scale);
       *reinterpret_cast<unsigned*>(dv_tile + at) = pack_pair<T>(dv_sum[d][2 * h], dv_sum[d][2 * h + 1]);
     }
-  wait_for_group<kThreads>(1);
+  wait_for_group<kThreads>(kMeeting);
   const int stride = kv_heads * dim;
   store_turned_back<kN, D, kThreads, 2>(work.dk, stride, first, length, dim, dk_tile, work.angles);
   store_tile<kN, D, kThreads>(work.dv, stride, first, length, dim, dv_tile);

@@ -68,13 +68,10 @@ __device__ __forceinline__ void store_matrices(unsigned to, const unsigned (&m)[
 // What ordinary instructions and cp.async wrote to shared memory becomes visible to products, after a barrier.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A barrier in shared memory, for warps with different work: it is passed when `count` have arrived, again and
+// A barrier in shared memory, at which copies arrive: it is passed when those of `count` threads have, again and
 // again, and a wait names the parity of the passage it waits for.
 __device__ __forceinline__ void make_barrier(unsigned at, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(unsigned at) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
 // Arrives when all of this thread's copies so far have.
 __device__ __forceinline__ void arrive_with_copies(unsigned at) {
@@ -86,10 +83,14 @@ __device__ __forceinline__ void wait_for(unsigned at, int parity) {
       "r"(parity)
       : "memory");
 }
-// For one group of warps among others.
+// A barrier of one group of warps among others; one that leaves is not held up by those that wait.
 template <int THREADS>
 __device__ __forceinline__ void wait_for_group(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+template <int THREADS>
+__device__ __forceinline__ void leave_group(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 // Registers per thread of a warpgroup from here on, within what the block has.
 template <int COUNT>
