@@ -154,11 +154,11 @@ class Kernel:
         arguments: int,
     ) -> None:
         function, context = self._functions.get(device) or self._load(device)
-        if device != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):
-                return self._launch(device, grid, block, arguments)
         driver = self._driver
         if driver.ctxGetCurrent() != context:
+            if device != torch._C._cuda_getDevice():
+                with torch.cuda.device(device):
+                    return self._launch(device, grid, block, arguments)
             # A thread that has made no CUDA call yet, such as autograd's: torch binds it lazily.
             driver.ctxSetCurrent(context)
         stream = torch._C._cuda_getCurrentRawStream(device)
