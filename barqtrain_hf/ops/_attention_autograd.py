@@ -8,33 +8,17 @@ from typing import Any
 import torch
 
 from barqtrain_hf.errors import UnsupportedError
-from barqtrain_hf.ops import _attention_kernels, _attention_tilings
-from barqtrain_hf.ops._attention_kernels import Gradients, Kept
+from barqtrain_hf.ops import _attention_kernels
+from barqtrain_hf.ops._attention_call import Call, Kept, call_for
+from barqtrain_hf.ops._attention_kernels import Gradients
 from barqtrain_hf.ops._attention_torch import attend
 
 # cos, sin and interleaved.
 Angles = tuple[torch.Tensor, torch.Tensor, bool]
 
 
-def unsupported(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rope: Angles | None
-) -> str | None:
-    """Why the kernels cannot take these inputs, or None."""
-    device = q.get_device()
-    if k.get_device() != device or v.get_device() != device:
-        return f"q is on {q.device}, k on {k.device} and v on {v.device}."
-    if rope is not None:
-        cos, sin, _ = rope
-        if cos.get_device() != device or sin.get_device() != device:
-            return f"q is on {q.device}, cos on {cos.device} and sin on {sin.device}."
-        if cos.dtype is not q.dtype and cos.dtype is not torch.float32:
-            return f"q is {q.dtype} and cos {cos.dtype}; cast cos and sin to it or to float32."
-        if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
-            return "cos or sin needs gradients."
-    return _attention_tilings.unsupported(q.dtype, q.shape[3], device)
-
-
 def apply(
+    call: Call | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -46,15 +30,15 @@ def apply(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """The output, through the kernels."""
+    """The output, through the kernels; ``call`` is only wanted outside torch.compile."""
     cos, sin, interleaved = (None, None, False) if rope is None else rope
-    numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
-    if torch.compiler.is_compiling():
+    if call is None:
         tensors = (q, k, v, cos, sin, cu_seqlens)
+        numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
         return torch.ops.barq.flash_attention(*tensors, *numbers)[0]  # type: ignore[no-any-return]
     # Outside the Function, so that autograd knows of the copies it may save.
     q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
-    return _FlashAttention.apply(q, k, v, (cos, sin, cu_seqlens), numbers)  # type: ignore[no-any-return]
+    return _FlashAttention.apply(q, k, v, (cos, sin, cu_seqlens), (call, max_seqlen))  # type: ignore[no-any-return]
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -65,23 +49,24 @@ class _FlashAttention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         others: tuple[Any, ...],  # cos, sin and cu_seqlens: each argument costs host time
-        numbers: tuple[Any, ...],
+        about: tuple[Call, int | None],  # and max_seqlen
     ) -> torch.Tensor:
-        out, kept = _attention_kernels.forward(q, k, v, *others, *numbers)
+        out, kept = _attention_kernels.forward(*about, q, k, v, *others)
         # Of q and k that are turned, ``kept`` has what the backward pass needs.
         inputs = (q, k) if others[0] is None else (None, None)
         ctx.save_for_backward(*inputs, v, out, kept, *others)
-        ctx.numbers = numbers
+        ctx.about = about
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = ctx.saved_tensors
+        call, max_seqlen = ctx.about
         if not torch.is_grad_enabled():
-            grads = _attention_kernels.backward(_vectors(dout), *saved, *ctx.numbers)
+            grads = _attention_kernels.backward(call, max_seqlen, _vectors(dout), *saved)
         elif saved[0] is not None:  # create_graph: the gradient's own graph, by the definition
             q, k, v, *_, cu_seqlens = saved
-            grads = _differentiable(dout, q, k, v, cu_seqlens, *ctx.numbers)
+            grads = _differentiable(call, max_seqlen, dout, q, k, v, cu_seqlens)
         else:
             raise UnsupportedError(
                 "flash_attention: RoPE inside has no second derivative;",
@@ -91,15 +76,17 @@ class _FlashAttention(torch.autograd.Function):
 
 
 def _differentiable(
+    call: Call,
+    max_seqlen: int | None,
     dout: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
-    *numbers: Any,
 ) -> Gradients:
     q, k, v = (t if t.requires_grad else t.detach().requires_grad_() for t in (q, k, v))
-    out = attend(q, k, v, cu_seqlens, *numbers[:-1], materialise=True)
+    numbers = (call.causal, call.scale, call.window, call.softcap)
+    out = attend(q, k, v, cu_seqlens, max_seqlen, *numbers, materialise=True)
     return torch.autograd.grad(out, (q, k, v), dout, create_graph=True)  # type: ignore[no-any-return]
 
 
@@ -141,6 +128,22 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
+def _call_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    interleaved: bool,
+) -> Call:
+    angles = None if cos is None else (cos.shape, cos.dtype, interleaved)
+    shapes = (q.get_device(), q.dtype, q.shape, k.shape)
+    return call_for(*shapes, cu_seqlens is not None, angles, causal, scale, window, softcap)
+
+
 # torch.compile traces these instead of the Function above: opaque to it, so no graph break. Documents are
 # read on the host, which a CUDA graph would not repeat.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -161,9 +164,10 @@ def _op(
     softcap: float | None,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
     q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
-    return _attention_kernels.forward(q, k, v, cos, sin, cu_seqlens, *numbers)
+    numbers = (causal, scale, window, softcap, interleaved)
+    call = _call_of(q, k, cos, cu_seqlens, *numbers)
+    return _attention_kernels.forward(call, max_seqlen, q, k, v, cos, sin, cu_seqlens)
 
 
 @_op.register_fake
@@ -193,11 +197,12 @@ def _backward_op(
     softcap: float | None,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
+    numbers = (causal, scale, window, softcap, interleaved)
+    call = _call_of(out, v, cos, cu_seqlens, *numbers)
     q, k, dout, v = (None if x is None else _vectors(x) for x in (q, k, dout, v))
     kept, cos, sin = (None if x is None else _aligned(x) for x in (kept, cos, sin))
     tensors = (dout, q, k, v, out, kept, cos, sin, cu_seqlens)
-    return _attention_kernels.backward(*tensors, *numbers)  # type: ignore[arg-type]
+    return _attention_kernels.backward(call, max_seqlen, *tensors)  # type: ignore[arg-type]
 
 
 @_backward_op.register_fake

@@ -20,21 +20,26 @@ _DIMS = (64, 128)
 _SHORTEST, _STEP = 2048, 64
 
 
-def sdpa_is_faster(q: torch.Tensor, window: int | None, softcap: float | None) -> bool:
-    """Whether dense rows of q [B, T, H, D] are left to :func:`sdpa`.
+def sdpa_is_faster(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: int,
+    window: int | None,
+    softcap: float | None,
+) -> bool:
+    """Whether dense rows of q, of ``shape`` [B, T, H, D], are left to :func:`sdpa`.
 
-    Not under deterministic algorithms: cuDNN's gradient of q was seen to differ from run to run.
+    But for deterministic algorithms: cuDNN's gradient of q was seen to differ from run to run.
     """
-    length, dim = q.shape[1], q.shape[3]
+    _, length, _, dim = shape
     return (
         window is None
         and softcap is None
         and length >= _SHORTEST
         and length % _STEP == 0
         and dim in _DIMS
-        and q.dtype is not torch.float32
-        and capability(q.get_device()) in _FASTER
-        and not torch.are_deterministic_algorithms_enabled()
+        and dtype is not torch.float32
+        and capability(device) in _FASTER
     )
 
 

@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 import functools
-from math import prod
 from typing import NamedTuple
 
 import torch
 
-from barqtrain_hf.ops._attention_plan import Tiles, View, dense_tiles, packed_tiles
-from barqtrain_hf.ops._attention_tilings import Pass, Tiling, tiling
+from barqtrain_hf.ops._attention_call import Call, Kept
+from barqtrain_hf.ops._attention_plan import Tiles, dense_tiles, packed_tiles
+from barqtrain_hf.ops._attention_tilings import Pass
 from barqtrain_hf.ops._backend import CUDA_NAMES
 from barqtrain_hf.ops._rope_kernels import launch as rope_launch
 from barqtrain_hf.ops._rope_kernels import rotate
 from barqtrain_hf.runtime import Kernel, Launch
 
-# Shape and dtype of cos, and interleaved.
-Angles = tuple[tuple[int, ...], torch.dtype, bool]
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _Strides = tuple[int, ...]
 
-_NO_WINDOW = 2**30  # and no window is wider
 _TURN_SHIFT = 2  # log2 of the steps of the backward pass's blocks in one turn at dQ; measured
 _LAYOUT = ("batch", "token", "head")
 _LAYOUTS = 1024  # that are kept
 _MOST_TILES = 65535  # in a grid's third dimension
 _TILE_BYTES = 16
-
-
-class Kept(NamedTuple):
-    """What the forward pass keeps for the backward pass beside its output, in one buffer of fp32.
-
-    Turned q and k, contiguous, if there are angles, and the log2 of each sum of exp(scores), [Hq, B * T].
-    One buffer, since each costs a microsecond or two to allocate and to save.
-
-    Attributes:
-        size: elements of the buffer.
-        k, lse: where they start, in bytes; q is first.
-    """
-
-    size: int
-    k: int
-    lse: int
-
-    @classmethod
-    def of(cls, q_shape: tuple[int, ...], k_shape: tuple[int, ...], turned: bool) -> Kept:
-        k = 2 * prod(q_shape) if turned else 0
-        lse = k + 2 * prod(k_shape) if turned else 0
-        return cls(lse // 4 + prod(q_shape[:3]), k, lse)
 
 
 def outputs(q: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,24 +40,19 @@ def gradients(out: torch.Tensor, v: torch.Tensor) -> Gradients:
 class _Forward(NamedTuple):
     """A layout's forward pass."""
 
-    kept: Kept
     turn: Launch | None
     attend: tuple[Launch, ...]  # more than one if there are more tiles than a grid takes
 
 
 def forward(
+    call: Call,
+    max_seqlen: int | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output [B, T, Hq, D] and what `Kept` says.
 
@@ -90,62 +60,39 @@ def forward(
     head's queries where the attention kernel loads them took 98 us in place of 81 us for 16384 tokens of
     32 + 8 heads of 128, keys apart, on an H200. The turned ones are kept in place of the others.
     """
-    device, shape = q.get_device(), q.shape
-    window = min(window or _NO_WINDOW, _NO_WINDOW)
-    shapes, view = _shapes(device, shape[3], softcap is not None, causal, window)
-    table, tiles, _ = _tiles(q, shape, cu_seqlens, max_seqlen, shapes.forward.rows, False, view)
-    kept, turn, attend = _forward_plan(
-        device,
-        tiles,
-        q.dtype,
-        shape,
-        k.shape,
-        (q.stride(), k.stride(), v.stride()),
-        cu_seqlens is not None,
-        None if cos is None else (cos.shape, cos.dtype, interleaved),
-        (scale, softcap or 0.0, causal, window),
-    )
-    out, buffer = outputs(q, kept)
+    table, tiles, _ = _tiles(call, call.tiling.forward.rows, False, cu_seqlens, max_seqlen)
+    out, buffer = outputs(q, call.kept)
     if not tiles:
         return out, buffer
+    turn, attend = _forward_plan(call, tiles, q.stride(), k.stride(), v.stride())
     queries, keys, start = q.data_ptr(), k.data_ptr(), buffer.data_ptr()
     if turn is not None and cos is not None and sin is not None:
-        turned = (start, start + kept.k)
-        turn(device, queries, keys, cos.data_ptr(), sin.data_ptr(), 0, *turned)
+        turned = (start, start + call.kept.k)
+        turn(call.device, queries, keys, cos.data_ptr(), sin.data_ptr(), 0, *turned)
         queries, keys = turned
-    inputs = (queries, keys, v.data_ptr(), out.data_ptr(), start + kept.lse)
+    inputs = (queries, keys, v.data_ptr(), out.data_ptr(), start + call.kept.lse)
     work = table.data_ptr()
     for launch in attend:
-        launch(device, *inputs, work)
+        launch(call.device, *inputs, work)
         work += _MOST_TILES * _TILE_BYTES
     return out, buffer
 
 
 @functools.lru_cache(maxsize=_LAYOUTS)
 def _forward_plan(
-    device: int,
-    tiles: int,
-    dtype: torch.dtype,
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
-    strides: tuple[_Strides, _Strides, _Strides],
-    packed: bool,
-    angles: Angles | None,
-    settings: tuple[float, ...],
+    call: Call, tiles: int, of_q: _Strides, of_k: _Strides, of_v: _Strides
 ) -> _Forward:
-    batch, length, heads, dim = q_shape
-    forward = tiling(device, dim, settings[1] > 0.0).forward
-    kept = Kept.of(q_shape, k_shape, angles is not None)
-    of_q, of_k, of_v = strides
+    shape, kv_heads = call.q_shape, call.k_shape[2]
+    batch, length, heads, dim = shape
     turn = None
-    if angles is not None:
-        cos, of_cos, interleaved = angles
-        turned = (_contiguous(q_shape), _contiguous(k_shape))
+    if call.angles is not None:
+        cos, of_cos, interleaved = call.angles
+        turned = (_contiguous(shape), _contiguous(call.k_shape))
         turn = rope_launch(
-            q_shape,
-            k_shape[2],
+            shape,
+            kv_heads,
             (of_q, of_k, *turned),
-            (dtype, of_cos, dtype),
+            (call.dtype, of_cos, call.dtype),
             2,
             cos[0] == 1,
             cos[2],
@@ -154,14 +101,15 @@ def _forward_plan(
             True,
         )
         of_q, of_k = turned
-    steps = _steps((of_q, of_k, of_v, _contiguous(q_shape)), packed)
-    sizes = (batch * length, 0 if packed else length, heads, heads // k_shape[2], dim)
-    kernel = _forward_kernel(dtype, forward)
+    steps = _steps((of_q, of_k, of_v, _contiguous(shape)), call.packed)
+    sizes = (batch * length, 0 if call.packed else length, heads, heads // kv_heads, dim)
+    which = call.tiling.forward
+    kernel = _forward_kernel(call.dtype, which)
     attend = [
-        kernel.prepare(grid, (forward.threads, 1, 1), *steps, *sizes, *settings)
-        for grid in _grids(forward, tiles, heads, k_shape[2])
+        kernel.prepare(grid, (which.threads, 1, 1), *steps, *sizes, *call.settings)
+        for grid in _grids(which, tiles, heads, kv_heads)
     ]
-    return _Forward(kept, turn, tuple(attend))
+    return _Forward(turn, tuple(attend))
 
 
 def _grids(forward: Pass, tiles: int, heads: int, kv_heads: int) -> list[tuple[int, int, int]]:
@@ -176,7 +124,6 @@ class _Backward(NamedTuple):
     """A layout's backward pass.
 
     Attributes:
-        kept: of the forward pass.
         size: elements of a workspace in fp32: sums for dQ, statistics, turns.
         statistics, turns: where they start, in bytes; turns for each of ``parts``.
         prepare: fills statistics, and turns with zeros.
@@ -184,7 +131,6 @@ class _Backward(NamedTuple):
         turns_back: whether they turn those of turned q and k back.
     """
 
-    kept: Kept
     size: int
     statistics: int
     turns: tuple[int, ...]
@@ -194,6 +140,8 @@ class _Backward(NamedTuple):
 
 
 def backward(
+    call: Call,
+    max_seqlen: int | None,
     dout: torch.Tensor,
     q: torch.Tensor | None,
     k: torch.Tensor | None,
@@ -203,74 +151,50 @@ def backward(
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    interleaved: bool,
 ) -> Gradients:
     """The gradients, contiguous, from what `forward` returned; q and k only if that did not turn them."""
-    device, shape = out.get_device(), out.shape
-    window = min(window or _NO_WINDOW, _NO_WINDOW)
-    shapes, view = _shapes(device, shape[3], softcap is not None, causal, window)
-    keys_of_tile = shapes.backward[0].keys
-    table, tiles, documents = _tiles(out, shape, cu_seqlens, max_seqlen, keys_of_tile, True, view)
-    plan = _backward_plan(
-        device,
-        tiles,
-        documents,
-        out.dtype,
-        shape,
-        v.shape,
-        None if q is None or k is None else (q.stride(), k.stride()),
-        (v.stride(), dout.stride(), out.stride()),
-        cu_seqlens is not None,
-        None if cos is None else (cos.shape, cos.dtype, interleaved),
-        (scale, softcap or 0.0, causal, window),
-    )
+    keys_of_tile = call.tiling.backward[0].keys
+    table, tiles, documents = _tiles(call, keys_of_tile, True, cu_seqlens, max_seqlen)
     dq, dk, dv = gradients(out, v)
     if not tiles:
         return dq, dk, dv
+    inputs = None if q is None or k is None else (q.stride(), k.stride())
+    strides = (v.stride(), dout.stride(), out.stride())
+    plan = _backward_plan(call, tiles, documents, inputs, *strides)
     workspace = out.new_empty(plan.size, dtype=torch.float32)
-    kept, start, sums = plan.kept, buffer.data_ptr(), workspace.data_ptr()
+    kept, start, sums = call.kept, buffer.data_ptr(), workspace.data_ptr()
     queries = start if q is None else q.data_ptr()
     keys = start + kept.k if k is None else k.data_ptr()
     upstream, statistics = dout.data_ptr(), sums + plan.statistics
     lse, turns = start + kept.lse, sums + plan.turns[0]
-    plan.prepare(device, upstream, out.data_ptr(), lse, statistics, turns)
-    inputs = (queries, keys, v.data_ptr(), upstream, statistics)
+    plan.prepare(call.device, upstream, out.data_ptr(), lse, statistics, turns)
+    pointers = (queries, keys, v.data_ptr(), upstream, statistics)
     results = (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
     rest = (table.data_ptr(), 0, 0)
     if cos is not None and sin is not None and plan.turns_back:
         rest = (rest[0], cos.data_ptr(), sin.data_ptr())
     for part, place in zip(plan.parts, plan.turns, strict=True):
-        part(device, *inputs, *results, sums, sums + place, *rest)
-    if cos is not None and sin is not None and not plan.turns_back:
-        rotate(dq, dk, cos, sin, None, interleaved, 2, dq.dtype, True, inplace=True)
+        part(call.device, *pointers, *results, sums, sums + place, *rest)
+    if call.angles is not None and cos is not None and sin is not None and not plan.turns_back:
+        rotate(dq, dk, cos, sin, None, call.angles[2], 2, dq.dtype, True, inplace=True)
     return dq, dk, dv
 
 
 @functools.lru_cache(maxsize=_LAYOUTS)
 def _backward_plan(
-    device: int,
+    call: Call,
     tiles: int,
     documents: int,
-    dtype: torch.dtype,
-    q_shape: tuple[int, ...],
-    k_shape: tuple[int, ...],
     inputs: tuple[_Strides, _Strides] | None,
-    strides: tuple[_Strides, _Strides, _Strides],
-    packed: bool,
-    angles: Angles | None,
-    settings: tuple[float, ...],
+    of_v: _Strides,
+    of_dout: _Strides,
+    of_out: _Strides,
 ) -> _Backward:
-    batch, length, heads, dim = q_shape
-    tokens, kv_heads = batch * length, k_shape[2]
-    shapes = tiling(device, dim, settings[1] > 0.0)
+    dtype, shapes, angles = call.dtype, call.tiling, call.angles
+    batch, length, heads, dim = call.q_shape
+    tokens, kv_heads = batch * length, call.k_shape[2]
     rows = shapes.backward[0].rows
-    of_v, of_dout, of_out = strides
-    of_q, of_k = inputs or (_contiguous(q_shape), _contiguous(k_shape))
+    of_q, of_k = inputs or (_contiguous(call.q_shape), _contiguous(call.k_shape))
     angles_batch = rotary = interleaved = fp32_angles = 0
     # The kernel reads sixteen columns of angles at once.
     turns_back = angles is not None and angles[0][2] % 16 == 0
@@ -295,15 +219,14 @@ def _backward_plan(
         _backward_kernel(dtype, part).prepare(
             (tiles * kv_heads, 1, 1),
             (part.threads, 1, 1),
-            *_steps((of_q, of_k, of_v, of_dout), packed),
-            *(angles_batch, tokens, 0 if packed else length, query_tiles),
-            *(heads, heads // kv_heads, _TURN_SHIFT, dim, *settings),
+            *_steps((of_q, of_k, of_v, of_dout), call.packed),
+            *(angles_batch, tokens, 0 if call.packed else length, query_tiles),
+            *(heads, heads // kv_heads, _TURN_SHIFT, dim, *call.settings),
             *(rotary, interleaved, fp32_angles),
         )
         for part in shapes.backward
     ]
     return _Backward(
-        Kept.of(q_shape, k_shape, inputs is None),
         turns + count,
         4 * statistics,
         tuple(4 * (turns + each * i) for i in range(len(parts))),
@@ -313,23 +236,17 @@ def _backward_plan(
     )
 
 
-@functools.cache
-def _shapes(device: int, dim: int, capped: bool, causal: bool, window: int) -> tuple[Tiling, View]:
-    return tiling(device, dim, capped), View(causal, window)
-
-
 def _tiles(
-    x: torch.Tensor,
-    shape: tuple[int, ...],
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
+    call: Call,
     rows: int,
     keys: bool,
-    view: View,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
 ) -> Tiles:
+    batch, length = call.q_shape[:2]
     if cu_seqlens is None:
-        return dense_tiles(shape[0], shape[1], rows, keys, view, x.device)
-    return packed_tiles(cu_seqlens, shape[1], rows, keys, view, max_seqlen)
+        return dense_tiles(batch, length, rows, keys, call.view, call.device)
+    return packed_tiles(cu_seqlens, length, rows, keys, call.view, max_seqlen)
 
 
 def _contiguous(shape: tuple[int, ...]) -> _Strides:

@@ -58,12 +58,10 @@ def packed_tiles(
 
 
 @functools.lru_cache(maxsize=256)
-def dense_tiles(
-    batch: int, length: int, rows: int, keys: bool, view: View, device: torch.device
-) -> Tiles:
+def dense_tiles(batch: int, length: int, rows: int, keys: bool, view: View, device: int) -> Tiles:
     """The same for ``batch`` rows of ``length`` tokens, each a document."""
     boundaries = np.arange(batch + 1, dtype=np.int64) * length
-    return _tiles(boundaries, rows, keys, view, device)
+    return _tiles(boundaries, rows, keys, view, torch.device("cuda", device))
 
 
 def _tiles(boundaries: _Numbers, rows: int, keys: bool, view: View, device: torch.device) -> Tiles:

@@ -19,14 +19,17 @@ from typing import NamedTuple
 import torch
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
-from barqtrain_hf.ops import _attention_autograd
+from barqtrain_hf.ops import _attention_autograd, _attention_tilings
+from barqtrain_hf.ops._attention_call import Call, call_for
 from barqtrain_hf.ops._attention_choice import sdpa, sdpa_is_faster
 from barqtrain_hf.ops._attention_torch import allowed, attend, attend_documents, weighted
 from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
 from barqtrain_hf.ops.rope import apply_rope
 
-# Shapes and dtypes of cos and sin.
-_Angles = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype]
+_Shapes = tuple[torch.Size, torch.Size, torch.Size]
+_Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
+# Shapes, dtypes and devices of cos and sin, and interleaved.
+_Angles = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype, int, int, bool]
 
 
 class Rope(NamedTuple):
@@ -86,26 +89,32 @@ def flash_attention(
     """
     device_type = "cuda" if q.is_cuda else q.device.type
     autocast = torch.is_autocast_enabled(device_type)
-    given = torch.get_autocast_dtype(device_type) if autocast else None
-    shape = q.shape
-    angles = None if rope is None else _layout_of(rope)
-    dtype = _check_layouts(shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, given, angles)
-    if autocast:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    plan = _plan(
+        (q.shape, k.shape, v.shape),
+        (q.dtype, k.dtype, v.dtype),
+        torch.get_autocast_dtype(device_type) if autocast else None,
+        (q.get_device(), k.get_device(), v.get_device()),
+        None if rope is None else _layout_of(rope),
+        cu_seqlens is not None,
+        causal,
+        scale,
+        window,
+        softcap,
+        backend,
+    )
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, shape[0], q.device)
+        _check_cu_seqlens(cu_seqlens, q.device)
     elif max_seqlen is not None:
         raise ArgumentError(f"flash_attention: max_seqlen={max_seqlen} needs cu_seqlens; drop it.")
-    if scale is None:
-        scale = shape[3] ** -0.5
-    _check_numbers(scale, window, softcap)
-    reason, to_sdpa = None, False
-    if q.is_cuda and backend != "torch":
-        reason = _attention_autograd.unsupported(q, k, v, rope)
-        to_sdpa = backend == "auto" and cu_seqlens is None and sdpa_is_faster(q, window, softcap)
+    if autocast:
+        q, k, v = q.to(plan.dtype), k.to(plan.dtype), v.to(plan.dtype)
+    scale, reason = plan.scale, plan.unsupported
+    to_sdpa = plan.to_sdpa and not torch.are_deterministic_algorithms_enabled()
+    if rope is not None and (rope.cos.requires_grad or rope.sin.requires_grad):
+        reason = reason or ("cos or sin needs gradients." if torch.is_grad_enabled() else None)
     if not to_sdpa and use_cuda("flash_attention", backend, q, reason):
         numbers = (max_seqlen, causal, scale, window, softcap)
-        return _attention_autograd.apply(q, k, v, rope, cu_seqlens, *numbers)
+        return _attention_autograd.apply(plan.call, q, k, v, rope, cu_seqlens, *numbers)
     with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
         if rope is not None:
             q, k = _turn(q, k, rope, "torch" if backend == "torch" else "auto")
@@ -157,31 +166,92 @@ def _layout_of(rope: Rope) -> _Angles:
         raise ArgumentTypeError(
             f"flash_attention: rope is a {type(rope).__name__}; pass Rope(cos, sin, interleaved)."
         )
-    cos, sin, _ = rope
-    return cos.shape, sin.shape, cos.dtype, sin.dtype
+    cos, sin, turns = rope
+    devices = (cos.get_device(), sin.get_device())
+    return cos.shape, sin.shape, cos.dtype, sin.dtype, *devices, turns
+
+
+class _Plan(NamedTuple):
+    """What is known of a call before its tensors are read.
+
+    Attributes:
+        dtype: what is computed in.
+        scale: of the scores.
+        to_sdpa: whether it is left to PyTorch's attention, which has no deterministic gradient.
+        unsupported: why the kernels cannot run, or None.
+        call: for the kernels, if they can and no compiler looks on.
+    """
+
+    dtype: torch.dtype
+    scale: float
+    to_sdpa: bool
+    unsupported: str | None
+    call: Call | None
 
 
 @cached
-def _check_layouts(
-    q_shape: torch.Size,
-    k_shape: torch.Size,
-    v_shape: torch.Size,
-    q: torch.dtype,
-    k: torch.dtype,
-    v: torch.dtype,
+def _plan(
+    shapes: _Shapes,
+    dtypes: _Dtypes,
     autocast: torch.dtype | None,
+    devices: tuple[int, int, int],
     angles: _Angles | None,
-) -> torch.dtype:
-    """What is computed in."""
+    packed: bool,
+    causal: bool,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+    backend: Backend,
+) -> _Plan:
+    """Checks all that does not need the tensors, and decides what runs."""
+    q, k, v = dtypes
     check_dtypes("flash_attention", q=q, k=k, v=v)
     if autocast is None and not (q is k is v):
         raise ArgumentError(
             f"flash_attention: q is {q}, k {k} and v {v}; cast them to one dtype, as autocast would."
         )
-    _check_shapes(q_shape, k_shape, v_shape)
+    dtype, shape, device = autocast or q, shapes[0], devices[0]
+    _check_shapes(*shapes)
     if angles is not None:
-        _check_angles(q_shape, *angles)
-    return autocast or q
+        _check_angles(shape, *angles[:4])
+    if packed and shape[0] != 1:
+        raise ArgumentError(
+            f"flash_attention: q has {shape[0]} rows, and cu_seqlens packs one; flatten them into one "
+            "and let cu_seqlens end their documents too."
+        )
+    if scale is None:
+        scale = shape[3] ** -0.5
+    _check_numbers(scale, window, softcap)
+    if device < 0 or backend == "torch":
+        return _Plan(dtype, scale, False, None, None)
+    reason = _unsupported(dtype, shape[3], devices, angles)
+    auto = backend == "auto" and not packed
+    to_sdpa = auto and sdpa_is_faster(shape, dtype, device, window, softcap)
+    call = None
+    if reason is None and not torch.compiler.is_compiling():
+        of_cos = None if angles is None else (angles[0], angles[2], angles[6])
+        numbers = (causal, scale, window, softcap)
+        call = call_for(device, dtype, shape, shapes[1], packed, of_cos, *numbers)
+    return _Plan(dtype, scale, to_sdpa, reason, call)
+
+
+def _unsupported(
+    dtype: torch.dtype, dim: int, devices: tuple[int, int, int], angles: _Angles | None
+) -> str | None:
+    """Why the kernels cannot run, or None; whether angles need gradients is another question."""
+    device = devices[0]
+    if devices != (device, device, device):
+        q, k, v = devices
+        return f"q is on device {q}, k on {k} and v on {v} (-1: the CPU)."
+    if angles is not None:
+        _, _, of_cos, _, *places, _ = angles
+        if places != [device, device]:
+            return (
+                f"q is on device {device}, cos on {places[0]} and sin on {places[1]} (-1: the CPU)."
+            )
+        if of_cos is not dtype and of_cos is not torch.float32:
+            return f"q is {dtype} and cos {of_cos}; cast cos and sin to it or to float32."
+    return _attention_tilings.unsupported(dtype, dim, device)
 
 
 def _check_shapes(q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size) -> None:
@@ -231,7 +301,7 @@ def _check_angles(
         )
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, device: torch.device) -> None:
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, device: torch.device) -> None:
     """All but its values."""
     if cu_seqlens.dtype is not torch.int32:
         raise ArgumentTypeError(
@@ -246,11 +316,6 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor, rows: int, device: torch.device)
         raise ArgumentError(
             f"flash_attention: cu_seqlens is on {cu_seqlens.device} and q on {device}; move it there, "
             "once for all layers."
-        )
-    if rows != 1:
-        raise ArgumentError(
-            f"flash_attention: q has {rows} rows, and cu_seqlens packs one; flatten them into one "
-            "and let cu_seqlens end their documents too."
         )
 
 

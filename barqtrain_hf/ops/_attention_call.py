@@ -1,0 +1,106 @@
+"""What the attention kernels have to know of a call beside its tensors, worked out once for all like it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from barqtrain_hf.ops._attention_plan import View
+from barqtrain_hf.ops._attention_tilings import Tiling, tiling
+
+# Shape and dtype of cos, and interleaved.
+Angles = tuple[tuple[int, ...], torch.dtype, bool]
+
+_NO_WINDOW = 2**30  # and no window is wider
+
+
+class Kept(NamedTuple):
+    """What the forward pass keeps for the backward pass beside its output, in one buffer of fp32.
+
+    Turned q and k, contiguous, if there are angles, and the log2 of each sum of exp(scores), [Hq, B * T].
+    One buffer, since each costs a microsecond or two to allocate and to save.
+
+    Attributes:
+        size: elements of the buffer.
+        k, lse: where they start, in bytes; q is first.
+    """
+
+    size: int
+    k: int
+    lse: int
+
+    @classmethod
+    def of(cls, q_shape: tuple[int, ...], k_shape: tuple[int, ...], turned: bool) -> Kept:
+        k = 2 * prod(q_shape) if turned else 0
+        lse = k + 2 * prod(k_shape) if turned else 0
+        return cls(lse // 4 + prod(q_shape[:3]), k, lse)
+
+
+@dataclass(frozen=True, eq=False)  # equal if the same, so that its hash is a key that costs nothing
+class Call:
+    """What the kernels have to know of a call; strides and documents apart.
+
+    Attributes:
+        device: index of the CUDA device.
+        dtype: of q, k and v.
+        q_shape, k_shape: [B, T, heads, D].
+        packed: whether the row consists of documents.
+        angles: of RoPE, or None.
+        causal, scale, window, softcap: as `flash_attention` takes them.
+        settings: the same as the kernels take them.
+        tiling: the kernels.
+        view: which keys a query sees.
+        kept: for the backward pass.
+    """
+
+    device: int
+    dtype: torch.dtype
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    packed: bool
+    angles: Angles | None
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    settings: tuple[float, ...]
+    tiling: Tiling
+    view: View
+    kept: Kept
+
+
+@functools.lru_cache(maxsize=1024)
+def call_for(
+    device: int,
+    dtype: torch.dtype,
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    packed: bool,
+    angles: Angles | None,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Call:
+    """The one object for such calls."""
+    seen = min(window or _NO_WINDOW, _NO_WINDOW)
+    return Call(
+        device,
+        dtype,
+        q_shape,
+        k_shape,
+        packed,
+        angles,
+        causal,
+        scale,
+        window,
+        softcap,
+        (scale, softcap or 0.0, causal, seen),
+        tiling(device, q_shape[3], softcap is not None),
+        View(causal, seen),
+        Kept.of(q_shape, k_shape, angles is not None),
+    )
