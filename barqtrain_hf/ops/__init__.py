@@ -5,11 +5,13 @@ from barqtrain_hf.ops.attention import Rope, flash_attention
 from barqtrain_hf.ops.glu import geglu, gelu, swiglu
 from barqtrain_hf.ops.layer_norm import layer_norm
 from barqtrain_hf.ops.linear_cross_entropy import TokenStatistics, linear_cross_entropy
+from barqtrain_hf.ops.lora import LoraLinear, lora_linear, lora_linears
 from barqtrain_hf.ops.rms_norm import rms_norm
 from barqtrain_hf.ops.rope import apply_rope
 
 __all__ = [
     "CountedTarget",
+    "LoraLinear",
     "Rope",
     "TokenStatistics",
     "apply_rope",
@@ -18,6 +20,8 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "lora_linear",
+    "lora_linears",
     "raise_bad_target",
     "rms_norm",
     "swiglu",

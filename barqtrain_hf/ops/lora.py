@@ -1,0 +1,273 @@
+"""Frozen linear layers with low-rank adapters beside them (LoRA: Hu et al. 2021, arXiv:2106.09685).
+
+    y = x W^T + bias + s (x A^T) B^T
+    t = x A^T,  u = s dy B,  dx = u A + dy W,  dA = u^T x,  dB = s dy^T t
+
+The adapter's part of y and of dx is written first, and the product with W is added to it where it lies: an
+addition inside cuBLAS's product costs next to nothing, one after it would read and write y and dx once more.
+(Measured on an H200, 16384 rows, rank 16: 2048 to 8192 dimensions 0.84 ms in place of 0.94 ms forward.) x is
+not copied to the adapter's dtype. Kept for the backward pass: x, and t, which is N rows of the rank.
+
+Layers of one input (query, key and value; gate and up) are better computed together: x is read once for all
+their t and once for all their dA, and their parts of dx are added up inside the products too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from barqtrain_hf.errors import ArgumentError
+from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
+
+_Shape = tuple[int, ...]
+
+
+class LoraLinear(NamedTuple):
+    """A layer and its adapter; shapes and dtypes as of :func:`lora_linear`."""
+
+    weight: torch.Tensor
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    scaling: float
+    bias: torch.Tensor | None = None
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    *,
+    bias: torch.Tensor | None = None,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """``x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T``, for a weight that is not trained.
+
+    Args:
+        x: [..., I], fp32, fp16 or bf16, any strides.
+        weight: [O, I] of x's dtype, or any of the three under autocast, which x is then cast to as well.
+        lora_a: [r, I], fp32, fp16 or bf16. It is rounded to x's dtype, or autocast's, for the products; its
+            gradient is summed in fp32.
+        lora_b: [O, r], as lora_a.
+        scaling: of the adapter's part.
+        bias: [O] of weight's dtype, or None.
+        backend: "cuda" for the fused path, "torch" for the reference, "auto" for the fused one on a GPU.
+
+    Returns:
+        [..., O] in x's dtype (autocast's if enabled).
+
+    Raises:
+        ArgumentError: shapes, devices or dtypes that do not fit.
+        ArgumentTypeError: a dtype that is not fp32, fp16 or bf16.
+        UnsupportedError: ``backend="cuda"`` off a GPU, or for a weight that is trained.
+    """
+    return lora_linears(x, [LoraLinear(weight, lora_a, lora_b, scaling, bias)], backend=backend)[0]
+
+
+def lora_linears(
+    x: torch.Tensor, layers: Sequence[LoraLinear], *, backend: Backend = "auto"
+) -> tuple[torch.Tensor, ...]:
+    """:func:`lora_linear` of each layer, for one input; arguments, results and errors are the same."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    reason = None
+    dtype = autocast or x.dtype
+    for layer in layers:
+        w, a, b, _, bias = layer
+        _check(
+            (x.shape, w.shape, a.shape, b.shape, None if bias is None else bias.shape),
+            (x.dtype, w.dtype, a.dtype, b.dtype, None if bias is None else bias.dtype),
+            autocast,
+        )
+        _check_devices(x, w, a, b, bias)
+        reason = reason or _unsupported(w, bias)
+    if use_cuda("lora_linear", backend, x, reason):
+        return apply(x, layers, dtype)
+    return tuple(lora_linear_reference(x, *layer) for layer in layers)
+
+
+def lora_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The definition in plain PyTorch, step by step as PEFT computes it; arguments as :func:`lora_linear`."""
+    y = F.linear(x, weight, bias)
+    low = F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b)
+    return (y + low * scaling).to(y.dtype)
+
+
+def apply(
+    x: torch.Tensor, layers: Sequence[LoraLinear], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """The fused path, on any device; inputs as `lora_linears` has checked them."""
+    if x.dtype is not dtype:
+        x = x.to(dtype)  # outside the Function: autograd casts the gradient back
+    scalings = tuple(layer.scaling for layer in layers)
+    tensors = [t for w, a, b, _, bias in layers for t in (w, bias, a, b)]
+    return _LoraLinears.apply(x, scalings, *tensors)  # type: ignore[no-any-return]
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, scalings: tuple[float, ...], *tensors: Any
+    ) -> tuple[torch.Tensor, ...]:
+        dtype = x.dtype
+        rows = x.reshape(-1, x.shape[-1])
+        weights, biases, lora_a, lora_b = (tensors[i::4] for i in range(4))
+        with torch.autocast(x.device.type, enabled=False):
+            a = _joined([part.to(dtype) for part in lora_a])
+            b = [(part.float() * s).to(dtype) for part, s in zip(lora_b, scalings, strict=True)]
+            t = rows @ a.T
+            ys = []
+            parts = t.split([part.shape[1] for part in b], dim=1)
+            for weight, bias, low, up in zip(weights, biases, parts, b, strict=True):
+                # Not a view in the end: users may write to it in place.
+                y = x.new_empty(*x.shape[:-1], up.shape[0])
+                flat = y.view(-1, up.shape[0])
+                if bias is None:
+                    torch.mm(low, up.T, out=flat)
+                else:
+                    torch.addmm(bias.to(dtype), low, up.T, out=flat)
+                flat.addmm_(rows, weight.to(dtype).T)
+                ys.append(y)
+        ctx.save_for_backward(x, t, a, *b, *tensors)
+        ctx.scalings = scalings
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, t, a, *rest = ctx.saved_tensors
+        number = len(dys)
+        b, tensors = rest[:number], rest[number:]
+        if torch.is_grad_enabled():  # create_graph: the gradient's own graph, by the definition
+            return _differentiable(dys, x, tensors, ctx.scalings, ctx.needs_input_grad)
+        weights, _, lora_a, lora_b = (tensors[i::4] for i in range(4))
+        need_x, need_a, need_b = (ctx.needs_input_grad[i::4] for i in (0, 4, 5))
+        rows, ranks = x.reshape(-1, x.shape[-1]), [part.shape[1] for part in b]
+        flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        das: list[torch.Tensor | None] = [None] * number
+        dbs: list[torch.Tensor | None] = [None] * number
+        dx = None
+        with torch.autocast(x.device.type, enabled=False):
+            for i, (dy, low) in enumerate(zip(flat, t.split(ranks, dim=1), strict=True)):
+                if dy is not None and need_b[i]:
+                    dbs[i] = (_summed(dy, low) * ctx.scalings[i]).to(lora_b[i].dtype)
+            if need_x[0] or any(need_a):
+                u = torch.empty_like(t)
+                for dy, up, part in zip(flat, b, u.split(ranks, dim=1), strict=True):
+                    part.zero_() if dy is None else torch.mm(dy, up, out=part)
+                if any(need_a):
+                    for i, part in enumerate(_summed(u, rows).split(ranks)):
+                        if need_a[i] and flat[i] is not None:
+                            das[i] = part.to(lora_a[i].dtype)
+                if need_x[0]:
+                    dx = u @ a
+                    for dy, weight in zip(flat, weights, strict=True):
+                        if dy is not None:
+                            dx.addmm_(dy, weight.to(dx.dtype))
+                    dx = dx.view(x.shape)
+        grads = [grad for pair in zip(das, dbs, strict=True) for grad in (None, None, *pair)]
+        return dx, None, *grads
+
+
+def _differentiable(
+    dys: Sequence[torch.Tensor | None],
+    x: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    needed: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    layers = zip(*(tensors[i::4] for i in range(4)), scalings, strict=True)
+    wanted = [i for i, need in enumerate(needed) if need]
+    inputs = [(x, None, *tensors)[i] for i in wanted]
+    ys = [
+        lora_linear_reference(x, weight, a, b, scaling, bias)
+        for weight, bias, a, b, scaling in layers
+    ]
+    outputs = [y for y, dy in zip(ys, dys, strict=True) if dy is not None]
+    given = [dy for dy in dys if dy is not None]
+    found = torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True)
+    grads: list[torch.Tensor | None] = [None] * len(needed)
+    for i, grad in zip(wanted, found, strict=True):
+        grads[i] = grad
+    return tuple(grads)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``left.T @ right`` of [N, ...], a sum over N rows, in fp32."""
+    if left.is_cuda and left.dtype is not torch.float32:
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    return (left.T @ right).float()
+
+
+@cached
+def _check(
+    shapes: tuple[_Shape, _Shape, _Shape, _Shape, _Shape | None],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype | None],
+    autocast: torch.dtype | None,
+) -> torch.dtype:
+    """What is computed in, once shapes and dtypes fit."""
+    x, weight, a, b, bias = shapes
+    names = dict(zip(("x", "weight", "lora_a", "lora_b", "bias"), dtypes, strict=True))
+    check_dtypes("lora_linear", **{n: dtype for n, dtype in names.items() if dtype is not None})
+    if len(weight) != 2 or not x or x[-1] != weight[1]:
+        raise ArgumentError(
+            f"lora_linear: x of shape {tuple(x)} does not fit weight of {tuple(weight)}; they must be "
+            "[..., I] and [O, I]."
+        )
+    if (
+        len(a) != 2
+        or len(b) != 2
+        or a[1] != weight[1]
+        or b[0] != weight[0]
+        or a[0] != b[1]
+        or not a[0]
+    ):
+        raise ArgumentError(
+            f"lora_linear: lora_a of shape {tuple(a)} and lora_b of {tuple(b)} must be [r, {weight[1]}] "
+            f"and [{weight[0]}, r] of one rank r > 0, for weight of {tuple(weight)}."
+        )
+    if bias is not None and bias != weight[:1]:
+        raise ArgumentError(
+            f"lora_linear: bias of shape {tuple(bias)} must be [{weight[0]}], for weight of {tuple(weight)}."
+        )
+    if autocast is not None:
+        return autocast
+    if dtypes[0] is not dtypes[1] or dtypes[4] not in (None, dtypes[1]):
+        raise ArgumentError(
+            f"lora_linear: x is {dtypes[0]}, weight {dtypes[1]} and bias {dtypes[4]}; cast them to one "
+            "dtype, or use autocast."
+        )
+    return dtypes[0]
+
+
+def _check_devices(x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    device = x.device
+    for name, tensor in zip(("weight", "lora_a", "lora_b", "bias"), others, strict=True):
+        if tensor is not None and tensor.device != device:
+            raise ArgumentError(
+                f"lora_linear: {name} is on {tensor.device} and x on {x.device}; move them to one device."
+            )
+
+
+def _unsupported(weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Why the fused path cannot take these inputs, or None."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            return f"{name} is trained; the fused path is for frozen ones."
+    return None
