@@ -25,6 +25,8 @@ class BarqConfig:
         attention: replace sdpa, or a model's own attention where it has no sdpa, and turn queries and keys
             inside with ``rope``. Models on a device without our kernels, or loaded with another
             ``attn_implementation``, keep theirs; ``attn_implementation="barq"`` asks for it anywhere.
+        lora: replace the forward of PEFT's LoRA around linear layers. Its products are then in the layer's
+            dtype (or autocast's), where PEFT computes in the adapter's, fp32 by default.
         linear_cross_entropy: compute the loss in the LM head, without holding all logits.
         max_extra_bytes: memory for logits and their gradient in the fused loss; None for the op's
             default, which depends on the shapes and the GPU's free memory (see `linear_cross_entropy`).
@@ -35,6 +37,7 @@ class BarqConfig:
     glu: bool = True
     rope: bool = True
     attention: bool = True
+    lora: bool = True
     linear_cross_entropy: bool = True
     max_extra_bytes: int | None = None
 

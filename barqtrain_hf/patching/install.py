@@ -11,7 +11,17 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from barqtrain_hf.config import BarqConfig
-from barqtrain_hf.patching import activations, attention, experts, glu, head, norms, probe, rope
+from barqtrain_hf.patching import (
+    activations,
+    attention,
+    experts,
+    glu,
+    head,
+    lora,
+    norms,
+    probe,
+    rope,
+)
 from barqtrain_hf.patching.attention_interface import register_attention
 from barqtrain_hf.patching.candidate import Candidate
 from barqtrain_hf.patching.report import PatchReport
@@ -23,8 +33,8 @@ logger = logging.getLogger(__name__)
 # deep copy of a patched model knows what is bound in it.
 _ATTRIBUTE = "_barq_patches"
 # One file per kind of layer, in the order in which they look at the model.
-_KINDS = (norms, glu, experts, activations, rope, attention)
-_LEAF_OPS = ("rms_norm", "layer_norm", "glu", "rope", "attention")
+_KINDS = (norms, glu, experts, activations, rope, attention, lora)
+_LEAF_OPS = ("rms_norm", "layer_norm", "glu", "rope", "attention", "lora")
 
 
 class _Bound(NamedTuple):
@@ -97,6 +107,10 @@ def patch_model(
             # Attention is bound over the rotation, so it comes off and is bound again.
             _unbind_leaves(patches, {attention.OP})
             ops.add(attention.OP)
+        if getattr(config, lora.OP):
+            # Adapters come and go: those of layers that were wrapped since are found, too.
+            _unbind_leaves(patches, {lora.OP})
+            ops.add(lora.OP)
         _bind_leaves(base, ops, patches)
     reason = cuda_unavailable_reason()
     if reason is not None and torch.cuda.is_available() and reason not in patches.report.notes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -210,9 +210,13 @@ def inaccuracy(
 
 
 def accurate_dtypes(
-    ours: Function, stock: Function, shapes: Sequence[Sequence[int]], generator: torch.Generator
+    ours: Function,
+    stock: Function,
+    shapes: Sequence[Sequence[int]],
+    generator: torch.Generator,
+    frozen: Collection[int] = (),
 ) -> frozenset[torch.dtype]:
-    """The dtypes in which ours is as accurate as stock.
+    """The dtypes in which ours is as accurate as stock; inputs in places of ``frozen`` get no gradient.
 
     Raises:
         Mismatch: it is not in fp32.
@@ -221,7 +225,10 @@ def accurate_dtypes(
     for dtype in DTYPES:
         # Small numbers, where activations differ, and large ones, which some clip.
         for scale in (1.0, 8.0):
-            inputs = [draw(shape, dtype, generator, scale) for shape in shapes]
+            inputs = [
+                draw(shape, dtype, generator, scale).requires_grad_(i not in frozen)
+                for i, shape in enumerate(shapes)
+            ]
             reason = ask(partial(inaccuracy, ours, stock, inputs, generator))
             if reason is not None:
                 break

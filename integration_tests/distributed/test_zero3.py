@@ -18,6 +18,8 @@ from barqtrain_hf.errors import BarqError
 from barqtrain_hf.patching import FusedLoss
 
 CASES = ("llama", "llama_tied", "gemma2", "lora+head")
+# The weights of a LoRA layer come and go with the modules inside it, so PEFT's forward calls them.
+HOOKED = ("lora", "there are hooks inside (offloading, ZeRO-3, or the user's)")
 
 
 class Partition:
@@ -65,13 +67,15 @@ def test_weights_that_come_and_go(case: str) -> None:
     expected = stock(**together(TRAIN.rows[:4]), num_items_in_batch=50).loss
     expected.backward()
     report = patch_model(model)
-    assert sorted(report.installed) == ["glu", "linear_cross_entropy", "rms_norm", "rope"]
+    adapters = ["lora"] if "lora" in case else []
+    ops = ["glu", "linear_cross_entropy", *adapters, "rms_norm", "rope"]
+    assert sorted(report.installed) == ops
     partition = Partition(model)
     loss = model(**together(TRAIN.rows[:4]), fused_loss=FusedLoss(num_items=50)).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert all(parameter.numel() == 0 for parameter in partition.weights)
     loss.backward()
-    assert not report.fallbacks
+    assert set(report.fallbacks) == ({HOOKED} if "lora" in case else set())
     assert all(parameter.numel() == 0 for parameter in partition.weights)
     wanted = {name: p.grad for name, p in stock.named_parameters() if p.requires_grad}
     assert partition.gradients.keys() == wanted.keys()
@@ -145,5 +149,6 @@ def test_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = one_model.run(SCRIPT, tmp_path, monkeypatch)
     assert len(results) == 4
     for case, result in results.items():
-        one_model.check(case, result)
+        fallbacks = [list(HOOKED)] if "lora" in case else []
+        one_model.check(case, result, fallbacks=fallbacks)
         assert "linear_cross_entropy" in result["installed"], case

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of attention."""
+"""Fixtures of the tests of attention and of LoRA."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lora_models import force_fused
 
 from barqtrain_hf.ops import flash_attention
 from barqtrain_hf.patching import (
@@ -32,3 +33,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
     monkeypatch.setattr(attention_interface, "flash_attention", spy)
     yield found
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The fused path of LoRA runs on a CPU too; how many layers each call of it had."""
+    return force_fused(monkeypatch)
+
+
+@pytest.fixture(params=["reference", "fused"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both paths of LoRA, one after the other."""
+    if request.param == "fused":
+        force_fused(monkeypatch)
+    return str(request.param)

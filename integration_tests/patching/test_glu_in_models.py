@@ -186,7 +186,8 @@ def test_lora(family: str, dropout: float, dtype: torch.dtype) -> None:
         report = patch_model(model, {"rope": False, "rms_norm": False}) if patched else None
         torch.manual_seed(11)  # of the dropout
         runs.append(run(model, batch()))
-    assert report is not None and counts(report)["glu"] == 2 and not report.fallbacks
+    assert report is not None and counts(report)["glu"] == 2
+    assert not any(op == "glu" for op, _ in report.fallbacks)  # LoRA's dropout is PEFT's
     if dtype is torch.float32 or family != "gpt2":
         assert_equal(runs[1], runs[0])
     else:  # gelu_new rounds after every step

@@ -103,7 +103,8 @@ def test_the_product_is_not_kept(
     x = torch.randn(2, 7, 32, dtype=dtype, device=device).requires_grad_()
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         y = model(x)
-    cast = case == "lora in fp32 on bf16" or (lora and autocast)
+    # By PEFT's own forward; our path on a GPU keeps no copy of its input.
+    cast = device == "cpu" and (case == "lora in fp32 on bf16" or (lora and autocast))
     assert products.alive() == [not recomputed and not cast]
     y.float().square().sum().backward()
     assert len(products.storages) == 1 + recomputed

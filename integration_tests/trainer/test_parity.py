@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,17 @@ def run(trainer_class: type[Trainer], model: Any, path: Path, **options: Any) ->
 
 
 def assert_equal_runs(
-    model: Any, path: Path, fused: bool = True, tolerance: float = 1.0, **options: Any
+    model: Any,
+    path: Path,
+    fused: bool = True,
+    tolerance: float = 1.0,
+    fallbacks: Collection[tuple[str, str]] = (),
+    **options: Any,
 ) -> Any:
-    """Runs stock and ours from the same weights; ``model()`` must build it anew."""
+    """Runs stock and ours from the same weights; ``model()`` must build it anew.
+
+    ``fallbacks`` are those that the report must name, beside the ones that any run may have.
+    """
     stock = run(Trainer, model(), path / "stock", **options)
     ours = run(BarqTrainer, model(), path / "ours", **options)
     assert len(ours["loss"]) == options.get("max_steps", STEPS)
@@ -127,7 +136,8 @@ def assert_equal_runs(
         assert "linear_cross_entropy" in trainer.barq_report.installed, str(trainer.barq_report)
         # Padded rows are left to stock attention, where ours runs: on a GPU.
         allowed = {("attention", attention_interface._PADDED)}
-        assert set(trainer.barq_report.fallbacks) <= allowed, str(trainer.barq_report)
+        found = set(trainer.barq_report.fallbacks)
+        assert set(fallbacks) <= found <= {*fallbacks, *allowed}, str(trainer.barq_report)
     return trainer
 
 

@@ -1,0 +1,224 @@
+"""PEFT's LoRA around a plain linear layer: the adapter's part is added inside the layer's own product.
+
+Whether a call is plain enough is asked each time, for adapters are switched, merged and scaled while a model
+lives. The layer's modules are not called, so that a hook on one of them, or a forward that somebody has put
+there, keeps PEFT's forward. Adapters stay the parameters they are: saving, merging and disabling are PEFT's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
+from barqtrain_hf.ops import LoraLinear, lora_linear, lora_linears
+from barqtrain_hf.patching import probe
+from barqtrain_hf.patching.candidate import Answer, Candidate, because
+from barqtrain_hf.patching.head_lora import is_lora_linear
+from barqtrain_hf.patching.lora_together import Together
+from barqtrain_hf.patching.report import PatchReport
+
+OP = "lora"
+OPS = (OP,)
+_PACKAGE = "peft.tuners.lora."
+_PLAIN = (torch.Tensor, nn.Parameter)
+# Of the probe's layer: rows, dimensions in and out, rank.
+_ROWS, _IN, _OUT, _RANK = 64, 48, 80, 4
+_probed: dict[tuple[Any, ...], frozenset[torch.dtype] | str] = {}
+
+
+def candidates(model: nn.Module) -> Iterator[Candidate]:
+    """PEFT's LoRA layers, but for the LM head, whose adapter is part of the fused loss."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    together = Together()
+    for name, module in model.named_modules():
+        together.add(module, is_lora_linear)
+        if not type(module).__module__.startswith(_PACKAGE) or not hasattr(module, "lora_A"):
+            continue
+        if module is head:
+            continue
+        if is_lora_linear(module):
+            yield Candidate(OP, name, module, partial(_build, module, name, together))
+        else:
+            kind = type(getattr(module, "base_layer", module)).__name__
+            reason = f"{type(module).__name__} around {kind}: only plain linear layers are fused"
+            yield Candidate(OP, name, module, because(reason))
+
+
+def _build(module: Any, name: str, together: Together, report: PatchReport) -> Answer:
+    weight = module.base_layer.weight
+    if weight.is_meta:
+        return "its weights are not on a device yet, so it cannot be probed"
+    # All but the sizes and the numbers is PEFT's code, which the class stands for.
+    key = (type(module), weight.device)
+    found = probe.recall(_probed, key, partial(_probe, module), weight.device)
+    if isinstance(found, str):
+        return found
+    return OP, _new_forward(name, together, found, report)
+
+
+def _new_forward(
+    name: str, together: Together, dtypes: frozenset[torch.dtype], report: PatchReport
+) -> Callable[..., Any]:
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        unusual = "called with more than its input" if args or kwargs else _unusual(self, x)
+        if unusual is None and x.is_floating_point() and _computed_in(x) not in dtypes:
+            unusual = f"not probed, or not equal, for {_computed_in(x)}"
+        if unusual is not None:
+            report.fall_back(OP, unusual)
+            return type(self).forward(self, x, *args, **kwargs)
+        try:
+            if torch.compiler.is_compiling():
+                return lora_linears(x, [_of(self)])[0]
+            y = together.take(self, x)
+            if y is not None:
+                return y
+            others = together.others(self, x)
+            if others and not any(_is_bound_elsewhere(m) or _unusual(m, x) for m in others):
+                # What is wrong with another is said when that is called.
+                with contextlib.suppress(ArgumentError, ArgumentTypeError):
+                    ys = lora_linears(x, [_of(layer) for layer in (self, *others)])
+                    together.keep(others, x, ys[1:])
+                    return ys[0]
+            return lora_linears(x, [_of(self)])[0]
+        except (ArgumentError, ArgumentTypeError) as error:
+            raise type(error)(f"{name}: {error}") from None
+
+    return forward
+
+
+def _is_bound_elsewhere(layer: Any) -> bool:
+    """Whether a layer's call does not come to our forward, but to another's."""
+    return getattr(layer.__dict__.get("forward"), "__module__", None) != __name__
+
+
+def _of(layer: Any) -> LoraLinear:
+    adapter, base = layer.active_adapters[0], layer.base_layer
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return LoraLinear(base.weight, a, b, layer.scaling[adapter], base.bias)
+
+
+def _computed_in(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _unusual(layer: Any, x: Any) -> str | None:
+    """Why a call is left to PEFT, or None."""
+    if layer.disable_adapters:
+        return "its adapters are disabled"
+    if layer.merged:
+        return "its adapters are merged"
+    if len(layer.active_adapters) != 1:
+        return f"{len(layer.active_adapters)} adapters are active"
+    adapter = layer.active_adapters[0]
+    if adapter not in layer.lora_A:
+        return f"it has no adapter {adapter!r}"
+    if adapter in layer.lora_variant:
+        return f"adapter {adapter!r} is not plain LoRA"
+    if layer.fan_in_fan_out:
+        return "its adapter has fan_in_fan_out"
+    dropout = layer.lora_dropout[adapter]
+    if type(dropout) is not nn.Identity and not _is_idle(dropout):
+        return "its adapter has dropout"
+    if not isinstance(layer.scaling[adapter], (int, float)):
+        return "its scaling is a tensor"
+    base, a, b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    if a.bias is not None or b.bias is not None:
+        return "its adapter has a bias"
+    if any("forward" in m.__dict__ or _is_hooked(m) for m in (base, a, b, dropout)):
+        return "there are hooks inside (offloading, ZeRO-3, or the user's)"
+    for linear in (base, a, b):
+        if type(linear) is not nn.Linear:
+            return f"there is a {type(linear).__name__} inside"
+        if type(linear.weight) not in _PLAIN or not linear.weight.numel():
+            return "its weights are in parts (FSDP, tensor parallelism or ZeRO-3)"
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return "its own weight is trained too"
+    if type(x) is not torch.Tensor:
+        return f"called with a {type(x).__name__}"
+    return "called with a tensor on meta" if x.is_meta else None
+
+
+def _is_idle(dropout: Any) -> bool:
+    """Whether a dropout gives back what it gets. In training is what it is itself, not its layer."""
+    return type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class _Product(nn.Module):
+    """Stands for a linear layer, with tensors that are given."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        # Beside the module's parameters, so that the graph goes on through them.
+        self.__dict__["weight"], self.__dict__["bias"] = weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def _probe(module: Any, generator: torch.Generator) -> frozenset[torch.dtype]:
+    """The dtypes in which the op is PEFT's forward of such a layer.
+
+    Raises:
+        probe.Mismatch: it is not in fp32.
+    """
+    scaling = 0.7
+
+    def stock(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        layer = _stand_in(module, scaling, weight, bias, a, b)
+        return type(module).forward(layer, x)  # type: ignore[no-any-return]
+
+    def ours(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        return lora_linear(x, weight, a, b, scaling, bias=bias)
+
+    shapes = [(_ROWS, _IN), (_OUT, _IN), (_OUT,), (_RANK, _IN), (_OUT, _RANK)]
+    return probe.accurate_dtypes(ours, stock, shapes, generator, frozen=(1, 2))
+
+
+def _stand_in(
+    module: Any,
+    scaling: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+) -> Any:
+    """The layer with one plain adapter that is active, of given tensors."""
+    layer = copy.copy(module)
+    layer.__dict__ = {**vars(module), "training": False}
+    name = "probe"
+    layer._modules = {
+        "base_layer": _Product(weight, bias),
+        "lora_A": nn.ModuleDict({name: _Product(a)}),
+        "lora_B": nn.ModuleDict({name: _Product(b)}),
+        "lora_dropout": nn.ModuleDict({name: nn.Identity()}),
+    }
+    layer.__dict__ |= {
+        "scaling": {name: scaling},
+        "lora_variant": {},
+        "merged_adapters": [],
+        "_active_adapter": [name],
+        "_disable_adapters": False,
+    }
+    return layer
