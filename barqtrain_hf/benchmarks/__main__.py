@@ -10,7 +10,10 @@ from pathlib import Path
 
 from barqtrain_hf.runtime import cuda_unavailable_reason
 
-NAMES = ("attention", "glu", "launch", "linear_cross_entropy", "loss_curves", "norms", "rope")
+NAMES = (
+    *("attention", "glu", "launch", "linear_cross_entropy", "lora", "loss_curves", "norms"),
+    "rope",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
