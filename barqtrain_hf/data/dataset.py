@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import operator
-from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, get_args
+from typing import Any, Literal, Protocol, SupportsIndex, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from barqtrain_hf.data.packing import plan_mixed_rows, positive_int
+from barqtrain_hf import _rust
+from barqtrain_hf.data.packing import plan_epoch, positive_int
 from barqtrain_hf.data.rows import IGNORE_INDEX, ROW_KEYS, Row, join, read_row
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -33,7 +34,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Documents packed into rows of at most ``max_length`` tokens; map-style, one item per row.
 
     All tokens are read once, into two flat int32 arrays. The rows are a pure function of the
-    document lengths, ``max_length`` and ``seed``.
+    document lengths, ``max_length``, ``seed`` and the epoch (`repack`).
 
     Args:
         dataset: sized and indexable; rows are dicts with ``input_ids`` and ``labels`` (lists,
@@ -55,7 +56,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         dropped_documents: documents left out by ``"drop"``, or for having no tokens.
         dropped_tokens: tokens in them.
         fill: share of the rows' capacity that holds tokens.
-        lengths: tokens of each row, int64, shape ``[len(self)]``.
+        lengths: tokens of each row in this epoch, int64, shape ``[len(self)]``.
 
     Raises:
         DataError: ``dataset`` is empty or unlabelled, a row is malformed, an id is out of range, or
@@ -81,14 +82,18 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             raise ArgumentError(f"seed is {seed}: pass zero or a positive integer.")
 
         self._input_ids, self._labels, lengths = _read_tokens(dataset)
-        fitted = _fit(lengths, self.max_length, overflow)
-        self._starts, self._lengths = fitted.starts, fitted.lengths
-        self.num_documents = fitted.num_documents
+        try:
+            self._starts, self._lengths, counts = _rust.fit(lengths, self.max_length, overflow)
+        except ValueError as error:
+            raise DataError(str(error)) from None
         self.num_tokens = int(self._lengths.sum())
-        self.split_documents = fitted.split_documents
-        self.truncated_tokens = fitted.truncated_tokens
-        self.dropped_documents = fitted.dropped_documents
-        self.dropped_tokens = fitted.dropped_tokens
+        (
+            self.num_documents,
+            self.split_documents,
+            self.truncated_tokens,
+            self.dropped_documents,
+            self.dropped_tokens,
+        ) = counts
         if not self.num_documents:
             raise DataError(
                 f"dataset has {len(lengths)} documents and none is left to train on "
@@ -96,16 +101,27 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 f"max_length={self.max_length} tokens, or overflow='split'."
             )
 
-        random = np.random.PCG64(seed)
-        self._order, self._offsets = plan_mixed_rows(self._lengths, self.max_length, random)
-        rows = len(self._offsets) - 1
-        self._shuffled = np.argsort(random.random_raw(rows), kind="stable")
-        tokens = np.add.reduceat(self._lengths[self._order], self._offsets[:-1])
-        self.lengths: npt.NDArray[np.int64] = tokens[self._shuffled]
-        self.fill = self.num_tokens / (rows * self.max_length)
+        self._seed = seed
+        self.repack(0)
+        self.fill = self.num_tokens / (len(self) * self.max_length)
 
         lost = self.split_documents or self.truncated_tokens or self.dropped_documents
         logger.log(logging.WARNING if lost else logging.INFO, "%s", self.summary())
+
+    def repack(self, epoch: int) -> None:
+        """Packs anew for ``epoch``: other documents share a row, in another order.
+
+        `len`, `fill` and the counts are the same in every epoch. `BarqTrainer` calls this; under a
+        stock Trainer the rows stay those of epoch 0. It is not named ``set_epoch``, which accelerate
+        calls in some set-ups only, and not when it resumes within an epoch.
+
+        Raises:
+            ArgumentError: ``epoch`` is negative.
+        """
+        if epoch < 0:
+            raise ArgumentError(f"epoch is {epoch}: pass zero or a positive integer.")
+        self._order, self._offsets = plan_epoch(self._lengths, self.max_length, self._seed, epoch)
+        self.lengths = np.add.reduceat(self._lengths[self._order], self._offsets[:-1])
 
     def summary(self) -> str:
         """One line: what was packed, how full the rows are, and what was lost."""
@@ -123,7 +139,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return "; ".join([line, *filter(None, losses)]) + "."
 
     def __len__(self) -> int:
-        return len(self._shuffled)
+        return len(self._offsets) - 1
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, torch.Tensor]:
         """The packed row: int64 tensors, ready for `BarqDataCollator`.
@@ -138,7 +154,6 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             row += len(self)
         if not 0 <= row < len(self):
             raise IndexError(f"row {index} of a PackedDataset with {len(self)} rows")
-        row = self._shuffled[row]
         documents = self._order[self._offsets[row] : self._offsets[row + 1]]
         lengths = self._lengths[documents]
         ends = np.cumsum(lengths)
@@ -155,55 +170,6 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             "position_ids": torch.from_numpy(positions),
             "seq_lengths": torch.from_numpy(lengths),
         }
-
-
-class _Fitted(NamedTuple):
-    starts: npt.NDArray[np.int64]  # [documents or fragments], into the flat token arrays
-    lengths: npt.NDArray[np.int64]  # [documents or fragments], 1..max_length
-    num_documents: int
-    split_documents: int = 0
-    truncated_tokens: int = 0
-    dropped_documents: int = 0
-    dropped_tokens: int = 0
-
-
-def _fit(lengths: npt.NDArray[np.int64], max_length: int, overflow: Overflow) -> _Fitted:
-    """Makes every document 1 to ``max_length`` tokens long, and counts what that costs."""
-    num_long = int((lengths > max_length).sum())
-    if num_long and overflow == "error":
-        raise DataError(
-            f"dataset has {num_long} documents longer than max_length={max_length}; the longest, "
-            f"document {lengths.argmax()}, has {lengths.max()} tokens: pass overflow='split', "
-            "'truncate' or 'drop', or raise max_length."
-        )
-    starts = np.cumsum(lengths) - lengths
-    empty = int((lengths == 0).sum())
-    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
-    fitted = _Fitted(starts, lengths, len(lengths), dropped_documents=empty)
-    if not num_long:
-        return fitted
-    long = lengths > max_length
-    if overflow == "drop":
-        return fitted._replace(
-            starts=starts[~long],
-            lengths=lengths[~long],
-            num_documents=len(lengths) - num_long,
-            dropped_documents=empty + num_long,
-            dropped_tokens=int(lengths[long].sum()),
-        )
-    if overflow == "truncate":
-        return fitted._replace(
-            lengths=np.minimum(lengths, max_length),
-            truncated_tokens=int((lengths[long] - max_length).sum()),
-        )
-    pieces = -(-lengths // max_length)
-    first_piece = np.repeat(np.cumsum(pieces) - pieces, pieces)
-    skipped = (np.arange(len(first_piece)) - first_piece) * max_length
-    return fitted._replace(
-        starts=np.repeat(starts, pieces) + skipped,
-        lengths=np.minimum(np.repeat(lengths, pieces) - skipped, max_length),
-        split_documents=num_long,
-    )
 
 
 def _read_tokens(

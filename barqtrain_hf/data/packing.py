@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, SupportsIndex
@@ -53,28 +54,31 @@ def plan_rows(lengths: Lengths, max_length: int) -> RowPlan:
     return _plan(_rust.pack_sequences, _checked(lengths), max_length)
 
 
-def plan_mixed_rows(lengths: Lengths, max_length: int, random: np.random.PCG64) -> RowPlan:
-    """Packs so that short documents of any length share a row.
+def plan_epoch(lengths: Lengths, max_length: int, seed: int, epoch: int) -> RowPlan:
+    """The shuffled rows of one epoch, in which short documents of any length share a row.
 
     Best-fit-decreasing alone fills a row with documents of one length. Where length tells the task,
     as it does in instruction data, each batch would then be of one task, and training on such
-    batches converges more slowly. So only documents longer than an eighth of a row go first,
-    longest first; the rest follow in random order. That costs up to 0.1 % of fill.
+    batches converges more slowly. Mixing costs up to 0.1 % of fill. One million documents plan in
+    about 50 ms on two cores.
 
     Args:
         lengths: as in `pack_sequences`.
         max_length: as in `pack_sequences`.
-        random: chooses the order; the plan is a function of it and the other arguments.
+        seed: with ``epoch`` chooses the order; zero or more, below 2**64.
+        epoch: zero or more. Every epoch has as many rows as epoch 0.
+
+    Raises:
+        DataError: as for `pack_sequences`.
     """
     max_length = positive_int("max_length", max_length)
-    array = _checked(lengths)
-    # Raw generator output is the part of numpy.random that is promised never to change.
-    shuffled = np.argsort(random.random_raw(len(array)), kind="stable")
-    is_long = array[shuffled] > max_length // 8
-    long, short = shuffled[is_long], shuffled[~is_long]
-    long = long[np.argsort(-array[long], kind="stable")]
-    order = np.concatenate([long, short]).astype(np.uint32)
-    return _plan(_rust.pack_in_order, array, order, max_length)
+    return _plan(_rust.plan_epoch, _checked(lengths), max_length, seed, epoch, num_threads())
+
+
+def num_threads() -> int:
+    """Threads for our loops in Rust: the CPUs this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _checked(lengths: Lengths) -> npt.NDArray[np.int64]:

@@ -103,7 +103,26 @@ def test_rows_are_shuffled_by_seed_alone():
 
 def test_the_shuffle_is_the_same_on_every_machine():
     packed = PackedDataset(documents([5] * 8), 5, seed=3)
-    assert [int(row["input_ids"][0]) // 1000 for row in packed] == [4, 7, 5, 1, 6, 0, 3, 2]
+    assert [int(row["input_ids"][0]) // 1000 for row in packed] == [7, 5, 2, 4, 6, 0, 1, 3]
+
+
+def test_an_epoch_is_packed_anew_into_as_many_rows():
+    docs = documents([3 + index % 40 for index in range(300)])
+    packed = PackedDataset(docs, 100, seed=1)
+    first, fill = unpack(packed), packed.fill
+    rows = {0: {tuple(row["input_ids"].tolist()) for row in packed}}
+    for epoch in (1, 2):
+        packed.repack(epoch)
+        assert Counter(unpack(packed)) == Counter(expected(docs))
+        assert packed.lengths.tolist() == [len(row["input_ids"]) for row in packed]
+        assert packed.fill == fill
+        rows[epoch] = {tuple(row["input_ids"].tolist()) for row in packed}
+        assert len(rows[epoch]) == len(rows[0])
+        assert len(rows[epoch] & rows[epoch - 1]) < len(rows[0]) // 2
+    packed.repack(0)
+    assert unpack(packed) == first
+    with pytest.raises(ArgumentError, match="epoch is -1"):
+        packed.repack(-1)
 
 
 def test_split_keeps_every_token():

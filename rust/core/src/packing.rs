@@ -1,16 +1,14 @@
 //! Best-fit bin packing of documents into rows.
 //!
-//! Documents are taken longest first (best-fit decreasing) or in an order of the caller's, and each
-//! goes to the fullest row that still has room for it.
-//! Lengths are bounded integers, so nothing needs comparing: documents are ordered by a counting
-//! sort, and open rows sit in one bucket per amount of free space, with a bitset over the non-empty
-//! buckets. "Fullest row with room for n tokens" is then "first set bit at or after n": a few
-//! instructions per document, however many rows are open.
+//! Documents are taken longest first (best-fit decreasing), by a counting sort, and each goes to the
+//! fullest row that still has room for it.
 //!
 //! The plan is a pure function of its arguments. Documents of equal length go by lowest index; of
 //! rows with equal free space, the one filled last is taken.
 
 use std::fmt;
+
+use crate::open_rows::OpenRows;
 
 /// Which documents make up which row, in compressed sparse row form.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,8 +47,36 @@ pub enum PackError {
         /// Tokens in a row.
         max_length: usize,
     },
-    /// The order does not name each document once.
-    NotAPermutation,
+    /// A document has fewer tokens than none.
+    Negative {
+        /// Position in `lengths`.
+        index: usize,
+        /// Its value.
+        length: i64,
+    },
+    /// Documents are longer than a row, and may not be cut or left out.
+    Overflow {
+        /// How many.
+        count: usize,
+        /// The longest one.
+        index: usize,
+        /// Its tokens.
+        length: i64,
+        /// Tokens in a row.
+        max_length: usize,
+    },
+    /// No policy for long documents has that name.
+    UnknownOverflow {
+        /// The name given.
+        name: String,
+    },
+    /// Not one waiting time for each document.
+    WaitedMismatch {
+        /// How many there are.
+        waited: usize,
+        /// For how many documents.
+        documents: usize,
+    },
     /// More documents than a 32-bit index can name.
     TooManyDocuments {
         /// How many there are.
@@ -77,9 +103,29 @@ impl fmt::Display for PackError {
                 "lengths[{index}] is {length}, more than max_length={max_length}: \
                  split or truncate that document, or raise max_length."
             ),
-            Self::NotAPermutation => {
-                write!(f, "order must name each document of lengths exactly once.")
-            }
+            Self::Negative { index, length } => write!(
+                f,
+                "lengths[{index}] is {length}: a document has zero tokens or more."
+            ),
+            Self::Overflow {
+                count,
+                index,
+                length,
+                max_length,
+            } => write!(
+                f,
+                "dataset has {count} documents longer than max_length={max_length}; the longest, \
+                 document {index}, has {length} tokens: pass overflow='split', 'truncate' or 'drop', \
+                 or raise max_length."
+            ),
+            Self::UnknownOverflow { name } => write!(
+                f,
+                "overflow is '{name}': choose one of error, split, truncate, drop."
+            ),
+            Self::WaitedMismatch { waited, documents } => write!(
+                f,
+                "waited has {waited} entries for {documents} documents: pass one for each."
+            ),
             Self::TooManyDocuments { count } => write!(
                 f,
                 "lengths has {count} entries, more than {}: pack the data set in parts.",
@@ -115,40 +161,20 @@ pub fn pack_sequences(lengths: &[i64], max_length: usize) -> Result<Plan, PackEr
             row_of.push(open.place(length));
         }
     }
-    Ok(group_by_row(&sorted.documents, &row_of, open.count()))
+    Ok(group_by_row(
+        &sorted.documents,
+        &row_of,
+        |row| Some(row as usize),
+        open.count(),
+    ))
 }
 
-/// Packs as [`pack_sequences`] does, but takes the documents in the given order, which keeps what
-/// shares a row as mixed as the order is.
-///
-/// # Errors
-/// As for [`pack_sequences`], or when `order` is no permutation of the documents.
-pub fn pack_in_order(lengths: &[i64], order: &[u32], max_length: usize) -> Result<Plan, PackError> {
-    let Extent { total, .. } = measure(lengths, max_length)?;
-    let mut seen = vec![false; lengths.len()];
-    for &document in order {
-        match seen.get_mut(document as usize) {
-            Some(slot) if !*slot => *slot = true,
-            _ => return Err(PackError::NotAPermutation),
-        }
-    }
-    if order.len() != lengths.len() {
-        return Err(PackError::NotAPermutation);
-    }
-    let mut open = OpenRows::new(max_length.min(total));
-    let row_of: Vec<u32> = order
-        .iter()
-        .map(|&document| open.place(lengths[document as usize] as usize))
-        .collect();
-    Ok(group_by_row(order, &row_of, open.count()))
+pub(crate) struct Extent {
+    pub(crate) longest: usize,
+    pub(crate) total: usize,
 }
 
-struct Extent {
-    longest: usize,
-    total: usize,
-}
-
-fn measure(lengths: &[i64], max_length: usize) -> Result<Extent, PackError> {
+pub(crate) fn measure(lengths: &[i64], max_length: usize) -> Result<Extent, PackError> {
     if max_length == 0 {
         return Err(PackError::ZeroMaxLength);
     }
@@ -214,136 +240,30 @@ fn sort_by_length(lengths: &[i64], longest: usize) -> Sorted {
     Sorted { documents, longer }
 }
 
-/// Rows that can still take a document, bucketed by free space.
-struct OpenRows {
-    capacity: usize,
-    /// Last row put into each bucket; a bucket is a linked stack through `below`.
-    top: Vec<u32>,
-    /// Per row ever opened: the row under it in its bucket.
-    below: Vec<u32>,
-    occupied: FreeSpaces,
-}
-
-const NO_ROW: u32 = u32::MAX;
-
-impl OpenRows {
-    fn new(capacity: usize) -> Self {
-        Self {
-            capacity,
-            top: vec![NO_ROW; capacity + 1],
-            below: Vec::new(),
-            occupied: FreeSpaces::new(capacity),
-        }
-    }
-
-    /// Puts a document of `length` tokens into the fullest row that takes it, and names that row.
-    fn place(&mut self, length: usize) -> u32 {
-        let (row, free) = match self.occupied.first_from(length) {
-            Some(free) => (self.pop(free), free),
-            None => (self.open(), self.capacity),
-        };
-        self.push(row, free - length);
-        row
-    }
-
-    fn count(&self) -> usize {
-        self.below.len()
-    }
-
-    fn open(&mut self) -> u32 {
-        // Cannot truncate: there are no more rows than documents.
-        let row = self.below.len() as u32;
-        self.below.push(NO_ROW);
-        row
-    }
-
-    fn pop(&mut self, free: usize) -> u32 {
-        let row = self.top[free];
-        self.top[free] = self.below[row as usize];
-        if self.top[free] == NO_ROW {
-            self.occupied.remove(free);
-        }
-        row
-    }
-
-    fn push(&mut self, row: u32, free: usize) {
-        if free == 0 {
-            return;
-        }
-        self.below[row as usize] = self.top[free];
-        self.top[free] = row;
-        self.occupied.insert(free);
-    }
-}
-
-/// A set of integers in `0..=max`: one bit each, and one summary bit per word of 64.
-///
-/// A search reads one word, then summary words, each of which covers 4096 values: one or two for
-/// the usual row lengths, at most 33 for rows of 131,072 tokens.
-struct FreeSpaces {
-    words: Vec<u64>,
-    summary: Vec<u64>,
-}
-
-impl FreeSpaces {
-    fn new(max: usize) -> Self {
-        let words = max / 64 + 1;
-        Self {
-            words: vec![0; words],
-            summary: vec![0; words.div_ceil(64)],
-        }
-    }
-
-    fn insert(&mut self, value: usize) {
-        let word = value / 64;
-        self.words[word] |= 1 << (value % 64);
-        self.summary[word / 64] |= 1 << (word % 64);
-    }
-
-    fn remove(&mut self, value: usize) {
-        let word = value / 64;
-        self.words[word] &= !(1 << (value % 64));
-        if self.words[word] == 0 {
-            self.summary[word / 64] &= !(1 << (word % 64));
-        }
-    }
-
-    /// The smallest member that is at least `from`.
-    fn first_from(&self, from: usize) -> Option<usize> {
-        let word = from / 64;
-        let here = self.words.get(word)? & (!0 << (from % 64));
-        if here != 0 {
-            return Some(word * 64 + here.trailing_zeros() as usize);
-        }
-        let next = word + 1;
-        let mut mask = !0 << (next % 64);
-        for at in next / 64..self.summary.len() {
-            let words = self.summary[at] & mask;
-            if words != 0 {
-                let word = at * 64 + words.trailing_zeros() as usize;
-                return Some(word * 64 + self.words[word].trailing_zeros() as usize);
-            }
-            mask = !0;
-        }
-        None
-    }
-}
-
 /// Turns "document -> row" into "row -> documents", keeping the order of placement within a row.
-fn group_by_row(documents: &[u32], row_of: &[u32], rows: usize) -> Plan {
-    let mut offsets = vec![0usize; rows + 1];
-    for &row in row_of {
-        offsets[row as usize + 1] += 1;
+///
+/// `position` says which of `count` places in the plan a row gets; None leaves it out.
+pub(crate) fn group_by_row(
+    documents: &[u32],
+    row_of: &[u32],
+    position: impl Fn(u32) -> Option<usize>,
+    count: usize,
+) -> Plan {
+    let mut offsets = vec![0usize; count + 1];
+    for place in row_of.iter().filter_map(|&row| position(row)) {
+        offsets[place + 1] += 1;
     }
-    for row in 0..rows {
-        offsets[row + 1] += offsets[row];
+    for place in 0..count {
+        offsets[place + 1] += offsets[place];
     }
     let mut next = offsets.clone();
-    let mut order = vec![0u32; documents.len()];
+    let mut order = vec![0u32; offsets[count]];
     for (&document, &row) in documents.iter().zip(row_of) {
-        let slot = &mut next[row as usize];
-        order[*slot] = document;
-        *slot += 1;
+        if let Some(place) = position(row) {
+            let slot = &mut next[place];
+            order[*slot] = document;
+            *slot += 1;
+        }
     }
     Plan { order, offsets }
 }
@@ -351,32 +271,6 @@ fn group_by_row(documents: &[u32], row_of: &[u32], rows: usize) -> Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn free_spaces_agree_with_a_plain_scan() {
-        // 4095..4097 and 64 * 64 * 2 straddle the ends of a word and of a summary word.
-        for max in [1usize, 63, 64, 65, 4095, 4096, 4097, 8192, 20_000] {
-            let mut set = FreeSpaces::new(max);
-            let mut plain = vec![false; max + 1];
-            let mut state = max as u64;
-            for _ in 0..400 {
-                state = state
-                    .wrapping_mul(6_364_136_223_846_793_005)
-                    .wrapping_add(1);
-                let value = (state >> 33) as usize % (max + 1);
-                if plain[value] {
-                    set.remove(value);
-                } else {
-                    set.insert(value);
-                }
-                plain[value] = !plain[value];
-                for from in [0, value, value + 1, max] {
-                    let expected = (from..=max).find(|&v| plain[v]);
-                    assert_eq!(set.first_from(from), expected, "max {max}, from {from}");
-                }
-            }
-        }
-    }
 
     #[test]
     fn counting_sort_is_stable_and_decreasing() {

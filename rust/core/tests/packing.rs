@@ -1,32 +1,9 @@
 //! Properties of `pack_sequences`, through its public face.
 
-use barqtrain_core::{pack_in_order, pack_sequences, PackError, Plan};
+use barqtrain_core::{pack_sequences, PackError, Plan};
 
-/// xorshift64*: enough randomness for tests, and no dependency.
-struct Rng(u64);
-
-impl Rng {
-    fn below(&mut self, bound: usize) -> usize {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % bound
-    }
-
-    /// Mostly short documents, with some near the capacity, where packing gets hard.
-    fn lengths(&mut self, count: usize, capacity: usize) -> Vec<i64> {
-        (0..count)
-            .map(|_| {
-                let bound = match self.below(4) {
-                    0 => capacity,
-                    1 => capacity / 2 + 1,
-                    _ => capacity / 8 + 1,
-                };
-                1 + self.below(bound) as i64
-            })
-            .collect()
-    }
-}
+mod common;
+use common::{assert_valid, Rng};
 
 /// Best-fit decreasing as a textbook has it: sort, then look at every row for every document.
 fn textbook(lengths: &[i64], capacity: i64) -> Plan {
@@ -66,22 +43,6 @@ fn textbook(lengths: &[i64], capacity: i64) -> Plan {
         plan.offsets.push(plan.order.len());
     }
     plan
-}
-
-fn assert_valid(plan: &Plan, lengths: &[i64], capacity: usize) {
-    let mut seen = vec![false; lengths.len()];
-    for row in plan.rows() {
-        assert!(!row.is_empty(), "a row without documents");
-        let tokens: i64 = row.iter().map(|&d| lengths[d as usize]).sum();
-        assert!(tokens as usize <= capacity, "{tokens} tokens in {capacity}");
-        for &document in row {
-            assert!(!seen[document as usize], "document {document} twice");
-            seen[document as usize] = true;
-        }
-    }
-    assert!(seen.iter().all(|&s| s), "a document is missing");
-    assert_eq!(plan.offsets.first(), Some(&0));
-    assert_eq!(plan.offsets.last(), Some(&lengths.len()));
 }
 
 #[test]
@@ -181,43 +142,4 @@ fn refusals_name_the_document_and_the_value() {
          or raise max_length."
     );
     assert!(pack_sequences(&[i64::MAX], 8).is_err());
-}
-
-#[test]
-fn in_decreasing_order_it_is_best_fit_decreasing() {
-    let mut random = Rng(5);
-    for capacity in [7usize, 64, 1000, 4097] {
-        let lengths = random.lengths(500, capacity);
-        let mut order: Vec<u32> = (0..500).collect();
-        order.sort_by_key(|&d| (-lengths[d as usize], d));
-        assert_eq!(
-            pack_in_order(&lengths, &order, capacity),
-            pack_sequences(&lengths, capacity)
-        );
-    }
-}
-
-#[test]
-fn in_any_order_every_document_once_and_no_row_too_full() {
-    let mut random = Rng(6);
-    for capacity in [1usize, 9, 63, 4096] {
-        let lengths = random.lengths(400, capacity);
-        let mut order: Vec<u32> = (0..400).collect();
-        for i in (1..order.len()).rev() {
-            order.swap(i, random.below(i + 1));
-        }
-        let plan = pack_in_order(&lengths, &order, capacity).unwrap();
-        assert_valid(&plan, &lengths, capacity);
-    }
-}
-
-#[test]
-fn an_order_that_is_no_permutation_is_refused() {
-    for order in [&[0u32, 1][..], &[0, 1, 1], &[0, 1, 3], &[0, 1, 2, 2]] {
-        assert_eq!(
-            pack_in_order(&[1, 2, 3], order, 4),
-            Err(PackError::NotAPermutation)
-        );
-    }
-    assert_eq!(pack_in_order(&[], &[], 4).unwrap().offsets, [0]);
 }
