@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -32,8 +38,9 @@ class BarqTrainer(Trainer):
     """Takes exactly what `Trainer` takes and trains the same model to the same loss.
 
     With `BarqTrainingArguments` the flags `use_barq_kernels` and `barq_config` choose what is installed;
-    with plain `TrainingArguments` everything is. A `PackedDataset` brings its own collator. Logs gain
-    `tokens_per_second`, `peak_memory_gib`, and where they apply `packing_fill` and `mfu`.
+    with plain `TrainingArguments` everything is. A `PackedDataset` brings its own collator and is packed
+    anew for every epoch. Logs gain `tokens_per_second`, `peak_memory_gib`, and where they apply
+    `packing_fill` and `mfu`.
 
     Raises:
         UnsupportedError: `use_liger_kernel` with its fused cross-entropy, or several GPUs in one process
@@ -77,6 +84,8 @@ class BarqTrainer(Trainer):
                 )
             self._kernels.install_head(self.model)
             self.add_callback(self._kernels)
+        if isinstance(self.train_dataset, PackedDataset):
+            self.add_callback(_Repack(self.train_dataset))
 
     @property
     def barq_report(self) -> PatchReport:
@@ -229,6 +238,29 @@ class BarqTrainer(Trainer):
         if name not in inputs or not hasattr(self.model, "num_parameters"):
             return 0
         return 6 * int(inputs[name].numel()) * self._matrix_parameters
+
+
+class _Repack(TrainerCallback):
+    """Packs anew for every epoch, also for one that is resumed in its middle."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+        self._epoch = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        batches = len(kwargs["train_dataloader"])
+        # As Trainer counts them: state.epoch is a fraction, and not exact.
+        self._epoch = state.global_step // max(1, -(-batches // args.gradient_accumulation_steps))
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Workers that outlive an epoch have copies of their own, out of reach.
+        if not args.dataloader_persistent_workers:
+            self._dataset.repack(self._epoch)
+        self._epoch += 1
 
 
 def _kernels_callback(args: TrainingArguments | None) -> BarqKernelsCallback | None:
