@@ -49,7 +49,7 @@ impl std::error::Error for UnevenError {}
 /// # Errors
 /// When `ranks` is zero or does not divide the number of rows.
 pub fn balance(costs: &[u64], ranks: usize) -> Result<Vec<u32>, UnevenError> {
-    if ranks == 0 || costs.len() % ranks != 0 {
+    if ranks == 0 || !costs.len().is_multiple_of(ranks) {
         return Err(UnevenError {
             rows: costs.len(),
             ranks,

@@ -4,15 +4,21 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod assemble;
 mod balance;
+mod checksum;
 mod open_rows;
 mod overflow;
 mod packing;
 mod parallel;
 mod plan;
 mod random;
+mod store;
+mod store_error;
 
+pub use assemble::{assemble, AssembleError, Batch, Padding, Tokens, IGNORE_INDEX, NO_LOSS};
 pub use balance::{balance, row_cost, UnevenError};
 pub use overflow::{fit, Fitted, Losses, Overflow};
 pub use packing::{pack_sequences, PackError, Plan};
 pub use plan::{plan_epoch, plan_window, WindowPlan};
+pub use store::{verify, Key, Layout, StoreError, StoreWriter, HEADER};
