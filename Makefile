@@ -3,9 +3,12 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+CRATES := rust/core rust/text rust/py
 SOURCES := pyproject.toml README.md $(shell find rust -name target -prune -o -type f -print)
 
 export HF_HUB_OFFLINE := 1
+# One folder for all crates, so that what two of them need is built once.
+export CARGO_TARGET_DIR := $(CURDIR)/rust/target
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint format clean
@@ -15,25 +18,24 @@ demo: $(VENV)/.demo
 	$(BIN)/barqtrain demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: lint
-	cd rust/core && cargo test --quiet
-	cd rust/py && cargo test --quiet
+	for crate in $(CRATES); do (cd $$crate && cargo test --quiet) || exit 1; done
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	for crate in rust/core rust/py; do \
+	for crate in $(CRATES); do \
 	  (cd $$crate && cargo fmt --check && cargo clippy --quiet --all-targets -- -D warnings) || exit 1; \
 	done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	for crate in rust/core rust/py; do (cd $$crate && cargo fmt); done
+	for crate in $(CRATES); do (cd $$crate && cargo fmt); done
 
 clean:
-	rm -rf $(VENV) rust/core/target rust/py/target demo-output
+	rm -rf $(VENV) rust/target demo-output
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

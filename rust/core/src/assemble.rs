@@ -59,6 +59,16 @@ pub enum AssembleError {
         /// For how many ids.
         ids: usize,
     },
+    /// The plan has no such row.
+    NoSuchRow {
+        /// Its number.
+        row: usize,
+    },
+    /// The plan names a document that is not there.
+    NoSuchDocument {
+        /// Its number.
+        document: u32,
+    },
     /// More tokens than a 32-bit offset can count.
     TooManyTokens,
 }
@@ -78,6 +88,10 @@ impl fmt::Display for AssembleError {
             Self::LabelsMismatch { labels, ids } => {
                 write!(f, "{labels} labels for {ids} input_ids: pass one per token.")
             }
+            Self::NoSuchRow { row } => write!(f, "the plan has no row {row}."),
+            Self::NoSuchDocument { document } => {
+                write!(f, "the plan names document {document}, which is not there.")
+            }
             Self::TooManyTokens => write!(
                 f,
                 "the batch has more than {} tokens, the most that cu_seq_lens can count: take fewer rows.",
@@ -88,6 +102,47 @@ impl fmt::Display for AssembleError {
 }
 
 impl std::error::Error for AssembleError {}
+
+/// Documents in a flat token array and the plan that puts them into rows.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedRows<'a> {
+    /// Tokens of all documents.
+    pub tokens: Tokens<'a>,
+    /// First token of each document.
+    pub starts: &'a [i64],
+    /// Tokens of each document.
+    pub lengths: &'a [i64],
+    /// Documents, row after row.
+    pub order: &'a [u32],
+    /// Row `r` is `order[offsets[r]..offsets[r + 1]]`.
+    pub offsets: &'a [i64],
+}
+
+impl PackedRows<'_> {
+    /// The documents of some rows, laid end to end by [`assemble`].
+    ///
+    /// # Errors
+    /// When there is no such row, the plan names documents that are not there, or as [`assemble`].
+    pub fn batch(&self, rows: &[usize], padding: Option<Padding>) -> Result<Batch, AssembleError> {
+        let mut documents = Vec::new();
+        for &row in rows {
+            let bounds = self.offsets.get(row).zip(self.offsets.get(row + 1));
+            let range = bounds
+                .and_then(|(&begin, &end)| {
+                    let begin = usize::try_from(begin).ok()?;
+                    self.order.get(begin..usize::try_from(end).ok()?)
+                })
+                .ok_or(AssembleError::NoSuchRow { row })?;
+            for &document in range {
+                let at = document as usize;
+                let piece = self.starts.get(at).zip(self.lengths.get(at));
+                let (&start, &length) = piece.ok_or(AssembleError::NoSuchDocument { document })?;
+                documents.push((start, length));
+            }
+        }
+        assemble(self.tokens, &documents, padding)
+    }
+}
 
 /// Lays documents, each given as (first token, tokens), end to end.
 ///

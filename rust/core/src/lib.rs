@@ -16,9 +16,12 @@ mod random;
 mod store;
 mod store_error;
 
-pub use assemble::{assemble, AssembleError, Batch, Padding, Tokens, IGNORE_INDEX, NO_LOSS};
+pub use assemble::{
+    assemble, AssembleError, Batch, PackedRows, Padding, Tokens, IGNORE_INDEX, NO_LOSS,
+};
 pub use balance::{balance, row_cost, UnevenError};
 pub use overflow::{fit, Fitted, Losses, Overflow};
 pub use packing::{pack_sequences, PackError, Plan};
+pub use parallel::map_with;
 pub use plan::{plan_epoch, plan_window, WindowPlan};
 pub use store::{verify, Key, Layout, StoreError, StoreWriter, HEADER};

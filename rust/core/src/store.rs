@@ -126,6 +126,32 @@ impl StoreWriter {
         Ok(())
     }
 
+    /// Adds documents that lie end to end, by their lengths.
+    ///
+    /// # Errors
+    /// As [`StoreWriter::push`], or when the lengths do not add up to the tokens.
+    pub fn push_all(&mut self, mut tokens: &[i32], lengths: &[i64]) -> Result<(), StoreError> {
+        let mismatch = StoreError::LengthsMismatch {
+            tokens: tokens.len(),
+            sum: lengths.iter().fold(0, |sum, &n| n.saturating_add(sum)),
+        };
+        for &length in lengths {
+            let split = usize::try_from(length)
+                .ok()
+                .and_then(|n| tokens.split_at_checked(n));
+            let Some((document, rest)) = split else {
+                return Err(mismatch);
+            };
+            self.push(document)?;
+            tokens = rest;
+        }
+        if tokens.is_empty() {
+            Ok(())
+        } else {
+            Err(mismatch)
+        }
+    }
+
     /// Publishes the store under its final name.
     ///
     /// # Errors

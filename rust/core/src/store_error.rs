@@ -23,6 +23,13 @@ pub enum StoreError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The lengths of documents do not add up to their tokens.
+    LengthsMismatch {
+        /// Tokens given.
+        tokens: usize,
+        /// Sum of the lengths.
+        sum: i64,
+    },
     /// The store was made from other data, by another tokenizer or with other settings.
     OtherKey {
         /// Which file.
@@ -65,6 +72,11 @@ impl fmt::Display for StoreError {
                 f,
                 "{} is damaged: {reason}. Delete it and build it again.",
                 path.display()
+            ),
+            Self::LengthsMismatch { tokens, sum } => write!(
+                f,
+                "lengths add up to {sum} for {tokens} tokens: pass one length of zero or more for each \
+                 document."
             ),
             Self::OtherKey { path } => write!(
                 f,

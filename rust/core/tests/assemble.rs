@@ -1,6 +1,6 @@
 //! `assemble`: the layout of a packed batch.
 
-use barqtrain_core::{assemble, AssembleError, Batch, Padding, Tokens, NO_LOSS};
+use barqtrain_core::{assemble, AssembleError, Batch, PackedRows, Padding, Tokens, NO_LOSS};
 
 const IDS: [i32; 9] = [10, 11, 12, 13 | NO_LOSS, 14, 15, 16, 17, 18];
 
@@ -89,4 +89,36 @@ fn nothing_is_read_out_of_bounds() {
         assemble(tokens(), &[(0, 1)], Some(huge)),
         Err(AssembleError::TooManyTokens)
     );
+}
+
+#[test]
+fn rows_are_taken_from_the_plan() {
+    let rows = PackedRows {
+        tokens: tokens(),
+        starts: &[0, 2, 5],
+        lengths: &[2, 3, 4],
+        order: &[2, 0, 1],
+        offsets: &[0, 1, 3],
+    };
+    let batch = rows.batch(&[1, 0], None).unwrap();
+    let expected = assemble(tokens(), &[(0, 2), (2, 3), (5, 4)], None).unwrap();
+    assert_eq!(batch, expected);
+    assert_eq!(rows.batch(&[], None).unwrap().cu_seq_lens, [0]);
+
+    let no_row = |row| Err(AssembleError::NoSuchRow { row });
+    assert_eq!(rows.batch(&[2], None), no_row(2));
+    assert_eq!(rows.batch(&[usize::MAX - 1], None), no_row(usize::MAX - 1));
+    for offsets in [[0, 1, 4], [0, 3, 2], [0, -1, 3]] {
+        let broken = PackedRows {
+            offsets: &offsets,
+            ..rows
+        };
+        assert_eq!(broken.batch(&[1], None), no_row(1));
+    }
+    let broken = PackedRows {
+        order: &[2, 0, 3],
+        ..rows
+    };
+    let error = AssembleError::NoSuchDocument { document: 3 };
+    assert_eq!(broken.batch(&[1], None), Err(error));
 }

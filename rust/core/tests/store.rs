@@ -135,6 +135,24 @@ fn a_store_of_something_else_is_told_apart() {
 }
 
 #[test]
+fn lengths_must_add_up_to_the_tokens() {
+    let folder = Folder::new("lengths");
+    let mut writer = StoreWriter::claim(&folder.file(), KEY).unwrap().unwrap();
+    for lengths in [&[1, 1][..], &[1, 3], &[4, -1], &[i64::MAX, i64::MAX], &[]] {
+        let error = writer.push_all(&[1, 2, 3], lengths).unwrap_err();
+        assert!(
+            matches!(error, StoreError::LengthsMismatch { tokens: 3, .. }),
+            "{error}"
+        );
+    }
+    drop(writer);
+    let mut writer = StoreWriter::claim(&folder.file(), KEY).unwrap().unwrap();
+    writer.push_all(&[1, 2, 3], &[1, 0, 2]).unwrap();
+    let layout = writer.finish().unwrap();
+    assert_eq!(read(&folder, layout), [vec![1], vec![], vec![2, 3]]);
+}
+
+#[test]
 fn one_writes_and_others_are_told_so() {
     let folder = Folder::new("claim");
     let mut writer = StoreWriter::claim(&folder.file(), KEY).unwrap().unwrap();

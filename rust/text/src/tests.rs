@@ -1,0 +1,143 @@
+//! `TextTokenizer`: the tokens of `tokenizers`, in order, whatever the number of threads.
+
+use tokenizers::models::bpe::BPE;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::utils::truncation::TruncationParams;
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::{chunks, TextError, TextTokenizer};
+
+/// Byte-level BPE with a few merges, a special token in front, and truncation that must not happen.
+fn tokenizer() -> Tokenizer {
+    let mut vocabulary: Vec<(String, u32)> = ByteLevel::alphabet()
+        .into_iter()
+        .map(String::from)
+        .collect::<std::collections::BTreeSet<_>>()
+        .into_iter()
+        .zip(0..)
+        .collect();
+    let merges = [("t", "h"), ("th", "e"), ("i", "n")];
+    for (a, b) in merges {
+        vocabulary.push((format!("{a}{b}"), vocabulary.len() as u32));
+    }
+    let merges = merges.map(|(a, b)| (a.to_owned(), b.to_owned())).to_vec();
+    let bpe = BPE::builder()
+        .vocab_and_merges(
+            vocabulary
+                .into_iter()
+                .collect::<Vec<_>>()
+                .into_iter()
+                .collect::<tokenizers::models::bpe::Vocab>(),
+            merges,
+        )
+        .build()
+        .unwrap();
+    let mut tokenizer = Tokenizer::new(bpe);
+    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+    tokenizer
+        .add_special_tokens([
+            AddedToken::from("<bos>", true),
+            AddedToken::from("<eos>", true),
+        ])
+        .unwrap();
+    let bos = tokenizer.token_to_id("<bos>").unwrap();
+    let template = TemplateProcessing::builder()
+        .try_single("<bos> $A")
+        .unwrap()
+        .special_tokens(vec![("<bos>", bos)])
+        .build()
+        .unwrap();
+    tokenizer.with_post_processor(Some(template));
+    tokenizer
+        .with_truncation(Some(TruncationParams {
+            max_length: 4,
+            ..TruncationParams::default()
+        }))
+        .unwrap();
+    tokenizer
+}
+
+fn texts() -> Vec<String> {
+    let words = [
+        "the thin inn",
+        "",
+        "Größe \u{1F600} the",
+        "<bos>in<eos>",
+        "\n\t  in",
+        "日本語",
+    ];
+    (0..200)
+        .map(|i| words[i % words.len()].repeat(1 + i * i % 40))
+        .collect()
+}
+
+#[test]
+fn tokens_are_those_of_the_tokenizer_on_any_number_of_threads() {
+    let tokenizer = tokenizer();
+    let json = tokenizer.to_string(false).unwrap();
+    let mut plain = tokenizer.clone();
+    plain.with_truncation(None).unwrap();
+    let texts = texts();
+    for special in [false, true] {
+        let expected: Vec<Vec<i32>> = texts
+            .iter()
+            .map(|text| {
+                let encoding = plain.encode(text.as_str(), special).unwrap();
+                encoding.get_ids().iter().map(|&id| id as i32).collect()
+            })
+            .collect();
+        for threads in [0, 1, 2, 8] {
+            let mut ours = TextTokenizer::from_json(&json, false, threads).unwrap();
+            ours.chunk_bytes = 1000;
+            let documents = ours.encode(&texts, special, None).unwrap();
+            let lengths: Vec<i64> = expected.iter().map(|ids| ids.len() as i64).collect();
+            assert_eq!(documents.lengths, lengths, "{threads} threads");
+            assert_eq!(documents.tokens, expected.concat(), "{threads} threads");
+        }
+    }
+}
+
+#[test]
+fn a_token_is_appended_where_it_is_not_the_last() {
+    let tokenizer = tokenizer();
+    let eos = tokenizer.token_to_id("<eos>").unwrap();
+    let json = tokenizer.to_string(false).unwrap();
+    let mut ours = TextTokenizer::from_json(&json, false, 2).unwrap();
+    let documents = ours
+        .encode(&["the", "", "in<eos>"], false, Some(eos))
+        .unwrap();
+    let id = |token: &str| tokenizer.token_to_id(token).unwrap() as i32;
+    assert_eq!(documents.lengths, [2, 1, 2]);
+    assert_eq!(
+        documents.tokens,
+        [id("the"), eos as i32, eos as i32, id("in"), eos as i32]
+    );
+}
+
+#[test]
+fn special_tokens_may_be_text() {
+    let json = tokenizer().to_string(false).unwrap();
+    let mut whole = TextTokenizer::from_json(&json, false, 1).unwrap();
+    let mut split = TextTokenizer::from_json(&json, true, 1).unwrap();
+    assert_eq!(whole.encode(&["<eos>"], false, None).unwrap().lengths, [1]);
+    assert_eq!(split.encode(&["<eos>"], false, None).unwrap().lengths, [5]);
+}
+
+#[test]
+fn what_is_no_tokenizer_is_refused() {
+    for json in ["", "{}", "[1]", "{\"model\": {\"type\": \"none\"}}"] {
+        let error = TextTokenizer::from_json(json, false, 1).err().unwrap();
+        assert!(matches!(error, TextError::Json { .. }), "{error}");
+        assert!(error.to_string().contains("cannot be read"), "{error}");
+    }
+}
+
+#[test]
+fn chunks_have_enough_bytes_and_every_text_once() {
+    let texts = ["aaaa", "b", "c", "dddddddd", "", "e", ""];
+    assert_eq!(chunks(&texts, 5), [0..2, 2..4, 4..7]);
+    assert_eq!(chunks(&texts, 1), [0..1, 1..2, 2..3, 3..4, 4..6, 6..7]);
+    assert_eq!(chunks(&texts, 100).len(), 1);
+    assert!(chunks(&[""; 0], 5).is_empty());
+}
