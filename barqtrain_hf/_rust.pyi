@@ -1,14 +1,43 @@
 """The compiled half of `barqtrain_hf.data`; sources in rust/."""
 
+import os
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-Plan = tuple[npt.NDArray[np.uint32], npt.NDArray[np.uintp]]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt32 = npt.NDArray[np.uint32]
+Plan = tuple[UInt32, npt.NDArray[np.uintp]]
+Layout = tuple[int, int, int, int]
 
-def pack_sequences(lengths: npt.NDArray[np.int64], max_length: int) -> Plan: ...
-def plan_epoch(
-    lengths: npt.NDArray[np.int64], max_length: int, seed: int, epoch: int, threads: int
-) -> Plan: ...
+def pack_sequences(lengths: Int64, max_length: int) -> Plan: ...
+def plan_epoch(lengths: Int64, max_length: int, seed: int, epoch: int, threads: int) -> Plan: ...
 def fit(
-    lengths: npt.NDArray[np.int64], max_length: int, overflow: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], tuple[int, int, int, int, int]]: ...
+    lengths: Int64, max_length: int, overflow: str
+) -> tuple[Int64, Int64, tuple[int, int, int, int, int]]: ...
+def assemble(
+    ids: Int32,
+    labels: Int32 | None,
+    starts: Int64,
+    lengths: Int64,
+    order: UInt32,
+    offsets: Int64,
+    rows: Sequence[int],
+    padding: tuple[int, int] | None,
+) -> tuple[Int64, Int64, Int64, Int32, int]: ...
+def verify_store(path: str | os.PathLike[str], key: bytes | None) -> Layout: ...
+
+class StoreWriter:
+    @staticmethod
+    def claim(path: str | os.PathLike[str], key: bytes) -> StoreWriter | None: ...
+    def push(self, tokens: Int32, lengths: Int64) -> None: ...
+    def finish(self) -> Layout: ...
+    def abandon(self) -> None: ...
+
+class TextTokenizer:
+    def __init__(self, json: str, split_special_tokens: bool, threads: int) -> None: ...
+    def encode(
+        self, texts: Sequence[str], add_special_tokens: bool, append: int | None
+    ) -> tuple[Int32, Int64]: ...

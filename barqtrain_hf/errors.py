@@ -43,3 +43,7 @@ class ArgumentTypeError(BarqError, TypeError):
 
 class DataError(BarqError, ValueError):
     """Data that cannot be trained on as it is: empty, unlabelled, too long, out of range."""
+
+
+class StorageError(BarqError, RuntimeError):
+    """A file that cannot be read or written: no space, no permission, a broken disk."""

@@ -1,10 +1,20 @@
 """Packed batches: documents laid end to end in rows, which never see each other.
 
-The planning is Rust (``barqtrain_hf._rust``); tokens stay in NumPy until a batch is made.
+Tokenising, planning and the assembly of batches are Rust (``barqtrain_hf._rust``), on all cores and
+without the GIL; no token becomes a Python object.
 """
 
 from barqtrain_hf.data.collator import BarqDataCollator
 from barqtrain_hf.data.dataset import PackedDataset
 from barqtrain_hf.data.packing import pack_sequences
+from barqtrain_hf.data.store import TokenStore, tokenize
+from barqtrain_hf.data.tokenizer import FastTokenizer
 
-__all__ = ["BarqDataCollator", "PackedDataset", "pack_sequences"]
+__all__ = [
+    "BarqDataCollator",
+    "FastTokenizer",
+    "PackedDataset",
+    "TokenStore",
+    "pack_sequences",
+    "tokenize",
+]

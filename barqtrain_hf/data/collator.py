@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from barqtrain_hf.data.batch import packed_batch
+from barqtrain_hf.data.dataset import PackedRow
 from barqtrain_hf.data.packing import positive_int
 from barqtrain_hf.data.rows import IGNORE_INDEX, join, read_row
 from barqtrain_hf.errors import ArgumentError, DataError
@@ -61,6 +62,10 @@ class BarqDataCollator:
         """
         if not features:
             raise DataError("features is empty: a batch needs at least one row.")
+        lazy = [row for row in features if isinstance(row, PackedRow)]
+        if len(lazy) == len(features) and len({id(row.dataset) for row in lazy}) == 1:
+            indices = [row.row for row in lazy]
+            return lazy[0].dataset.batch(indices, self.pad_to_multiple_of, self.pad_token_id)
         rows = [read_row(feature, "features", index) for index, feature in enumerate(features)]
         input_ids, labels, lengths = join(rows)
         total = len(input_ids)
@@ -79,17 +84,5 @@ class BarqDataCollator:
         labels[begins] = IGNORE_INDEX  # nothing of this document predicts its first token
         positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
 
-        boundaries = torch.from_numpy(np.append(0, ends).astype(np.int32))
-        longest = int(lengths.max())
-        return {
-            "input_ids": torch.from_numpy(input_ids)[None],
-            "labels": torch.from_numpy(labels)[None],
-            "position_ids": torch.from_numpy(positions)[None],
-            "cu_seq_lens_q": boundaries,
-            "cu_seq_lens_k": boundaries,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            # transformers looks for documents in position_ids only if no KV cache is made, and
-            # config.use_cache is True by default: documents would attend to each other, unsaid.
-            "use_cache": False,
-        }
+        boundaries = np.append(0, ends).astype(np.int32)
+        return packed_batch(input_ids, labels, positions, boundaries, int(lengths.max()))

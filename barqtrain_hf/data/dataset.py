@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import operator
-from typing import Any, Literal, Protocol, SupportsIndex, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from barqtrain_hf import _rust
+from barqtrain_hf.data.batch import packed_batch
 from barqtrain_hf.data.packing import plan_epoch, positive_int
 from barqtrain_hf.data.rows import IGNORE_INDEX, ROW_KEYS, Row, join, read_row
+from barqtrain_hf.data.store import TokenStore
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
 logger = logging.getLogger(__name__)
@@ -33,14 +36,15 @@ class SizedRows(Protocol):
 class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Documents packed into rows of at most ``max_length`` tokens; map-style, one item per row.
 
-    All tokens are read once, into two flat int32 arrays. The rows are a pure function of the
-    document lengths, ``max_length``, ``seed`` and the epoch (`repack`).
+    All tokens are read once, into two flat int32 arrays, or stay in the file of a `TokenStore`. The
+    rows are a pure function of the document lengths, ``max_length``, ``seed`` and the epoch
+    (`repack`).
 
     Args:
         dataset: sized and indexable; rows are dicts with ``input_ids`` and ``labels`` (lists,
             tensors or arrays, equally long). ``attention_mask``, ``seq_lengths`` and
             ``position_ids`` are honoured as `BarqDataCollator` honours them. A
-            ``datasets.Dataset`` is read by column, without making Python lists.
+            ``datasets.Dataset`` is read by column, without making Python lists. Or a `TokenStore`.
         max_length: tokens a row can hold.
         overflow: what happens to a document longer than that. ``"error"`` refuses it; ``"split"``
             cuts it into documents of ``max_length`` tokens, each of which loses the label of its
@@ -67,7 +71,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(
         self,
-        dataset: SizedRows,
+        dataset: SizedRows | TokenStore,
         max_length: int,
         *,
         overflow: Overflow = "error",
@@ -81,7 +85,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if seed < 0:
             raise ArgumentError(f"seed is {seed}: pass zero or a positive integer.")
 
-        self._input_ids, self._labels, lengths = _read_tokens(dataset)
+        self._tokens = dataset if isinstance(dataset, TokenStore) else _read_tokens(dataset)
+        lengths = self._tokens.lengths
         try:
             self._starts, self._lengths, counts = _rust.fit(lengths, self.max_length, overflow)
         except ValueError as error:
@@ -154,27 +159,84 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             row += len(self)
         if not 0 <= row < len(self):
             raise IndexError(f"row {index} of a PackedDataset with {len(self)} rows")
-        documents = self._order[self._offsets[row] : self._offsets[row + 1]]
-        lengths = self._lengths[documents]
-        ends = np.cumsum(lengths)
-        begins = ends - lengths
-        positions = np.arange(ends[-1]) - np.repeat(begins, lengths)
-        source = np.repeat(self._starts[documents], lengths) + positions
-        labels = self._labels[source].astype(np.int64)
-        labels[begins] = IGNORE_INDEX
+        input_ids, labels, positions, boundaries, _ = self._assemble([row], None)
         return {
-            "input_ids": torch.from_numpy(self._input_ids[source].astype(np.int64)),
+            "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             # They too say where documents begin: Trainer takes what is no argument of the model,
             # such as seq_lengths, out of each row before it collates.
             "position_ids": torch.from_numpy(positions),
-            "seq_lengths": torch.from_numpy(lengths),
+            "seq_lengths": torch.from_numpy(np.diff(boundaries).astype(np.int64)),
         }
 
+    def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[PackedRow]:
+        """What a DataLoader hands to its collator: rows that `BarqDataCollator` makes a batch of at once."""
+        return [PackedRow(self, operator.index(index)) for index in indices]
 
-def _read_tokens(
-    dataset: Any,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    def batch(
+        self, rows: Sequence[int], pad_to_multiple_of: int | None = None, pad_token_id: int = 0
+    ) -> dict[str, Any]:
+        """What `BarqDataCollator` makes of these rows, in one call and without Python lists.
+
+        Args:
+            rows: indices of rows, zero or more.
+            pad_to_multiple_of: as in `BarqDataCollator`.
+            pad_token_id: as in `BarqDataCollator`.
+
+        Raises:
+            IndexError: there is no such row.
+            DataError: there are no rows, or more than 2**31 - 1 tokens in them.
+        """
+        if not rows:
+            raise DataError("rows is empty: a batch needs at least one row.")
+        padding = None if pad_to_multiple_of is None else (pad_to_multiple_of, pad_token_id)
+        for row in rows:
+            if not 0 <= row < len(self):
+                raise IndexError(f"row {row} of a PackedDataset with {len(self)} rows")
+        return packed_batch(*self._assemble(rows, padding))
+
+    def _assemble(self, rows: Sequence[int], padding: tuple[int, int] | None) -> Any:
+        try:
+            return _rust.assemble(
+                self._tokens.input_ids,
+                self._tokens.labels,
+                self._starts,
+                self._lengths,
+                self._order,
+                self._offsets,
+                rows,
+                padding,
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+
+class PackedRow(Mapping[str, torch.Tensor]):
+    """Row ``row`` of a `PackedDataset`, read when it is looked at."""
+
+    def __init__(self, dataset: PackedDataset, row: int) -> None:
+        self.dataset = dataset
+        self.row = row
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.dataset[self.row][key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("input_ids", "labels", "position_ids", "seq_lengths"))
+
+    def __len__(self) -> int:
+        return 4
+
+
+class _Tokens(NamedTuple):
+    """What a `TokenStore` has, in memory."""
+
+    input_ids: npt.NDArray[np.int32]  # [T]
+    labels: npt.NDArray[np.int32]  # [T]
+    lengths: npt.NDArray[np.int64]  # [documents]
+
+
+def _read_tokens(dataset: Any) -> _Tokens:
     """All tokens, labels and document lengths of ``dataset``."""
     try:
         num_rows = len(dataset)
@@ -197,7 +259,7 @@ def _read_tokens(
         no_label = (chunk.labels < 0) & (chunk.labels != IGNORE_INDEX)
         labels.append(_int32(chunk.labels, "labels", no_label))
         lengths.append(chunk.lengths)
-    return np.concatenate(input_ids), np.concatenate(labels), np.concatenate(lengths)
+    return _Tokens(np.concatenate(input_ids), np.concatenate(labels), np.concatenate(lengths))
 
 
 def _int32(

@@ -2,17 +2,14 @@
 
 use barqtrain_core::{Overflow, Plan};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+
+use crate::refuse;
 
 type PlanArrays<'py> = (Bound<'py, PyArray1<u32>>, Bound<'py, PyArray1<usize>>);
 
 fn arrays(py: Python<'_>, plan: Plan) -> PlanArrays<'_> {
     (plan.order.into_pyarray(py), plan.offsets.into_pyarray(py))
-}
-
-fn refuse(error: impl ToString) -> PyErr {
-    PyValueError::new_err(error.to_string())
 }
 
 /// Best-fit-decreasing plan: (document indices row after row, offset of each row).

@@ -1,0 +1,130 @@
+"""A Hugging Face fast tokenizer, run by threads of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from barqtrain_hf import _rust
+from barqtrain_hf.data.packing import num_threads
+from barqtrain_hf.errors import ArgumentError, DataError, UnsupportedError
+
+# What tokenizers differ over: contractions, digits, runs of spaces, combining marks and their
+# composed forms, scripts without spaces, right to left, emoji with joiners, control characters.
+_PROBES = (
+    "The quick brown fox can't jump 1234567 times; it's 3.14% off!",
+    "  leading, double  and trailing spaces \n\n\ttabs\r\n ",
+    "naïve café cafe\u0301 Ångström ﬁ ½ Straße İstanbul",
+    "日本語のテキスト 한국어 ไทย हिन्दी العربية עברית",
+    "👩‍👩‍👧 🇩🇪 \u200b\ufeff \x00\x07 \U0010fffd",
+    "<s></s> <|endoftext|> [CLS] <unk>",
+    "",
+)
+
+
+class FastTokenizer:
+    """Gives the tokens of a fast tokenizer, many texts at once, on all cores, without the GIL.
+
+    The tokens are those of ``tokenizer(text)`` without truncation and padding. That is tried on a
+    number of difficult texts when this is made.
+
+    Args:
+        tokenizer: a `transformers.PreTrainedTokenizerFast`.
+        add_special_tokens: as in ``tokenizer(text, add_special_tokens=...)``.
+        append_eos: whether ``tokenizer.eos_token`` goes after every text that does not end with it.
+
+    Attributes:
+        identity: text that is equal for two of these only if they give the same tokens.
+
+    Raises:
+        UnsupportedError: the tokenizer has no fast version, or adds something of its own in Python.
+        ArgumentError: ``append_eos`` without an ``eos_token``.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, add_special_tokens: bool = True, append_eos: bool = True
+    ) -> None:
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if not getattr(tokenizer, "is_fast", False) or not hasattr(backend, "to_str"):
+            raise UnsupportedError(
+                f"{type(tokenizer).__name__} has no fast version, which is what our threads run.",
+                "Load it with AutoTokenizer.from_pretrained(name, use_fast=True), or tokenise with "
+                "datasets.map and pass the input_ids.",
+            )
+        self._eos: int | None = None
+        if append_eos:
+            self._eos = tokenizer.eos_token_id
+            if self._eos is None:
+                raise ArgumentError(
+                    "append_eos is True and the tokenizer has no eos_token: set tokenizer.eos_token, "
+                    "or pass append_eos=False."
+                )
+        self._add_special_tokens = add_special_tokens
+        split = bool(getattr(tokenizer, "split_special_tokens", False))
+        json = backend.to_str()
+        try:
+            self._rust = _rust.TextTokenizer(json, split, num_threads())
+        except ValueError as error:
+            raise UnsupportedError(
+                str(error), "Tokenise with datasets.map and pass the input_ids."
+            ) from None
+        self.identity = f"{split} {add_special_tokens} {self._eos} {json}"
+        self._probe(tokenizer)
+
+    def _probe(self, tokenizer: Any) -> None:
+        tokens, lengths = self._rust.encode(_PROBES, self._add_special_tokens, None)
+        ours = np.split(tokens, np.cumsum(lengths)[:-1])
+        for text, ids in zip(_PROBES, ours, strict=True):
+            # verbose: a probe may be longer than the model's context, which is no reason to warn.
+            theirs = tokenizer(text, add_special_tokens=self._add_special_tokens, verbose=False)
+            theirs = list(theirs["input_ids"])
+            if ids.tolist() != theirs:
+                raise UnsupportedError(
+                    f"{type(tokenizer).__name__} gives other tokens than its own JSON does, such as "
+                    f"{theirs} instead of {ids.tolist()} for {text!r}.",
+                    "It does something in Python: tokenise with datasets.map and pass the input_ids.",
+                )
+
+    def encode(
+        self, texts: Sequence[str], source: str = "texts", first: int = 0
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """Tokens of all texts, end to end, and how many each has.
+
+        Args:
+            texts: any number of strings.
+            source: what they are items of, for messages.
+            first: the place of the first of them there, for messages.
+
+        Returns:
+            ids of shape ``[T]`` and lengths of shape ``[texts]``, which may be zero.
+
+        Raises:
+            DataError: an item is no string, or one that has no UTF-8.
+        """
+        for index, text in enumerate(texts, first):
+            if not isinstance(text, str):
+                raise DataError(
+                    f"{source}[{index}] is {text!r} ({type(text).__name__}) instead of text: remove "
+                    "such rows, or choose the column that holds the text."
+                )
+        try:
+            return self._rust.encode(texts, self._add_special_tokens, self._eos)
+        except UnicodeEncodeError as error:
+            index = next(i for i, text in enumerate(texts, first) if not _has_utf8(text))
+            raise DataError(
+                f"{source}[{index}] has no UTF-8: {error.reason} at character {error.start}. Read it "
+                "with the right encoding, or with errors='replace'."
+            ) from None
+        except ValueError as error:
+            raise DataError(f"{source}[{first}:{first + len(texts)}]: {error}") from None
+
+
+def _has_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,236 @@
+"""The token store: built once, found again, never trained on when it is not what was asked for."""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+from small_tokenizers import TEXTS, small_tokenizer
+
+from barqtrain_hf.data import BarqDataCollator, FastTokenizer, PackedDataset, TokenStore, tokenize
+from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError, UnsupportedError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small_tokenizer()
+
+
+def documents(store):
+    return [part.tolist() for part in np.split(store.input_ids, np.cumsum(store.lengths)[:-1])]
+
+
+def expected(tokenizer, texts):
+    eos = tokenizer.eos_token_id
+    ids = [list(tokenizer(text)["input_ids"]) for text in texts]
+    return [found if found[-1] == eos else [*found, eos] for found in ids]
+
+
+@pytest.mark.parametrize("make", [list, lambda texts: [{"text": t, "id": 1} for t in texts]])
+def test_store_holds_the_tokens(tmp_path, tokenizer, make):
+    store = tokenize(make(TEXTS), tokenizer, tmp_path / "new" / "tokens")
+    assert documents(store) == expected(tokenizer, TEXTS)
+    assert store.input_ids.dtype == np.int32 and store.lengths.dtype == np.int64
+    assert len(store) == len(TEXTS)
+    assert os.listdir(tmp_path / "new") == ["tokens"]
+    assert documents(TokenStore(store.path)) == documents(store)
+    with pytest.raises(ValueError, match="read-only"):
+        store.input_ids[0] = 1
+
+
+def test_huggingface_columns(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_dict({"body": list(TEXTS), "n": list(range(len(TEXTS)))})
+    store = tokenize(dataset, tokenizer, tmp_path / "a", text_column="body")
+    assert documents(store) == expected(tokenizer, TEXTS)
+    picked = dataset.select([4, 0, 2])
+    store = tokenize(picked, tokenizer, tmp_path / "a", text_column="body")
+    assert documents(store) == expected(tokenizer, [TEXTS[i] for i in (4, 0, 2)])
+    with pytest.raises(
+        DataError, match="dataset has no column 'text', only body, n: pass text_col"
+    ):
+        tokenize(dataset, tokenizer, tmp_path / "b")
+
+
+def test_a_second_run_reads_what_the_first_wrote(tmp_path, tokenizer, caplog, monkeypatch):
+    path = tmp_path / "tokens"
+    first = documents(tokenize(TEXTS, tokenizer, path))
+    written = path.stat().st_mtime_ns
+    encode = FastTokenizer.encode
+    monkeypatch.setattr(FastTokenizer, "encode", None)  # called, it would fail
+    assert documents(tokenize(TEXTS, tokenizer, path)) == first
+    assert path.stat().st_mtime_ns == written
+    monkeypatch.setattr(FastTokenizer, "encode", encode)
+
+    # Anything else than the same texts, tokenizer and settings is another store.
+    for texts, options in (
+        ([*TEXTS[:-1], "y"], {}),
+        (TEXTS, {"append_eos": False}),
+        (TEXTS, {"add_special_tokens": False}),
+    ):
+        with caplog.at_level(logging.WARNING, logger="barqtrain_hf.data.store"):
+            caplog.clear()
+            store = tokenize(texts, tokenizer, path, **options)
+        assert "was made from other data, by another tokenizer" in caplog.text
+        assert documents(store) != first
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "noise"])
+def test_a_damaged_store_is_built_again(tmp_path, tokenizer, caplog, damage):
+    path = tmp_path / "tokens"
+    first = documents(tokenize(TEXTS, tokenizer, path))
+    good = path.read_bytes()
+    flipped = bytes([*good[:100], good[100] ^ 1, *good[101:]])
+    path.unlink()  # a mapped file must not change under its readers
+    path.write_bytes(
+        {"flip": flipped, "cut": good[:-8], "empty": b"", "noise": os.urandom(500)}[damage]
+    )
+    with pytest.raises(DataError, match=r"is damaged: .* Delete it and build it again"):
+        TokenStore(path)
+    with caplog.at_level(logging.WARNING, logger="barqtrain_hf.data.store"):
+        assert documents(tokenize(TEXTS, tokenizer, path)) == first
+    assert "is damaged" in caplog.text
+    assert path.read_bytes() == good
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, tokenizer):
+    path = tmp_path / "tokens"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(
+            StorageError, match=r"writing .*tokens failed: File too large.*free some"
+        ):
+            tokenize(["a b c d e f " * 20_000], tokenizer, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
+    assert len(tokenize(["a b c d e f " * 20_000], tokenizer, path)) == 1
+
+
+def test_paths_that_cannot_be_written(tmp_path, tokenizer):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="file"):
+        tokenize(TEXTS, tokenizer, tmp_path / "file" / "tokens")
+    with pytest.raises(StorageError, match=r"reading .* failed"):
+        tokenize(TEXTS, tokenizer, tmp_path)
+
+
+def _build(path, barrier, results):
+    tokenizer = small_tokenizer()
+    barrier.wait()
+    store = tokenize(list(TEXTS) * 50, tokenizer, path)
+    results.put((os.stat(path).st_ino, int(store.input_ids.astype(np.int64).sum())))
+
+
+def test_of_several_processes_one_builds(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    path = tmp_path / "tokens"
+    processes = [context.Process(target=_build, args=(path, barrier, results)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = {results.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(found) == 1, "one file, mapped by all"
+    assert os.listdir(tmp_path) == ["tokens"]
+
+
+def _build_slowly(path, started):
+    from barqtrain_hf.data import store
+
+    store._BYTES_PER_CALL = 2000
+    tokenizer = small_tokenizer()
+    started.set()
+    tokenize(list(TEXTS) * 100, tokenizer, path)
+
+
+def test_killed_at_any_moment_the_next_run_has_the_right_tokens(tmp_path, tokenizer):
+    context = multiprocessing.get_context("fork")
+    path = tmp_path / "tokens"
+    rng = np.random.default_rng(0)
+    in_the_middle = 0
+    for _ in range(12):
+        path.unlink(missing_ok=True)
+        started = context.Event()
+        builder = context.Process(target=_build_slowly, args=(path, started))
+        builder.start()
+        assert started.wait(60)
+        time.sleep(rng.uniform(0, 0.2))
+        builder.kill()
+        builder.join()
+        in_the_middle += os.path.exists(f"{path}.partial")
+        if path.exists():
+            TokenStore(path)  # what has the final name is whole
+        store = tokenize(list(TEXTS) * 100, tokenizer, path)
+        assert documents(store) == expected(tokenizer, TEXTS) * 100
+        assert os.listdir(tmp_path) == ["tokens"]
+    assert in_the_middle, "no builder was killed while it wrote"
+
+
+def test_packed_rows_come_from_the_file(tmp_path, tokenizer):
+    store = tokenize(TEXTS, tokenizer, tmp_path / "tokens")
+    rows = [{"input_ids": ids, "labels": ids} for ids in documents(store)]
+    packed = PackedDataset(store, 64, overflow="split", seed=5)
+    in_memory = PackedDataset(rows, 64, overflow="split", seed=5)
+    assert len(packed) == len(in_memory)
+    for ours, theirs in zip(packed, in_memory, strict=True):
+        assert all(ours[key].equal(theirs[key]) for key in theirs)
+    dumped = pickle.dumps(store)
+    assert len(dumped) < 500, "workers map the file instead of getting a copy"
+    assert documents(pickle.loads(dumped)) == documents(store)
+
+
+def test_a_token_may_bear_no_loss(tmp_path):
+    from barqtrain_hf import _rust
+
+    ids = np.array([7, 8 | -(2**31), 9, 5, 6], np.int32)
+    writer = _rust.StoreWriter.claim(tmp_path / "tokens", bytes(32))
+    writer.push(ids, np.array([3, 2]))
+    writer.finish()
+    with pytest.raises(ValueError, match="finished or given up"):
+        writer.push(ids, np.array([3, 2]))
+    batch = BarqDataCollator()([PackedDataset(TokenStore(tmp_path / "tokens"), 5)[0]])
+    documents = {
+        tuple(zip(ids.tolist(), labels.tolist(), strict=True))
+        for ids, labels in zip(
+            batch["input_ids"][0].split([3, 2]), batch["labels"][0].split([3, 2]), strict=True
+        )
+    }
+    assert documents == {((7, -100), (8, -100), (9, 9)), ((5, -100), (6, 6))}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ([], DataError, "dataset is empty: pass at least one text"),
+        (
+            (text for text in TEXTS),
+            ArgumentTypeError,
+            "dataset is a generator, which has no length",
+        ),
+        (["a", None], DataError, r"dataset\[1\] is None"),
+        ([{"text": "a"}, {"body": "b"}], DataError, r"dataset\[1\] has no 'text', only body"),
+        (["a"] * 100 + [3], DataError, r"dataset\[100\] is 3 \(int\) instead of text"),
+    ],
+)
+def test_bad_data_is_refused_and_leaves_nothing(tmp_path, tokenizer, dataset, error, message):
+    with pytest.raises(error, match=message):
+        tokenize(dataset, tokenizer, tmp_path / "tokens")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_slow_tokenizer_is_refused(tmp_path):
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UnsupportedError, match="Slow has no fast version"):
+        tokenize(TEXTS, Slow(), tmp_path / "tokens")

@@ -1,0 +1,49 @@
+//! From text to tokens.
+
+use std::sync::{Mutex, PoisonError};
+
+use numpy::{IntoPyArray, PyArray1};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedStr;
+
+use crate::refuse;
+
+/// A fast tokenizer with a clone for each thread. Python threads take turns.
+#[pyclass(frozen, module = "barqtrain_hf._rust")]
+pub struct TextTokenizer(Mutex<barqtrain_text::TextTokenizer>);
+
+#[pymethods]
+impl TextTokenizer {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        json: &str,
+        split_special_tokens: bool,
+        threads: usize,
+    ) -> PyResult<Self> {
+        let read = || barqtrain_text::TextTokenizer::from_json(json, split_special_tokens, threads);
+        Ok(Self(Mutex::new(py.detach(read).map_err(refuse)?)))
+    }
+
+    /// (ids of all texts end to end, tokens of each text).
+    #[allow(clippy::type_complexity)]
+    fn encode<'py>(
+        &self,
+        py: Python<'py>,
+        texts: Vec<PyBackedStr>,
+        add_special_tokens: bool,
+        append: Option<u32>,
+    ) -> PyResult<(Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>)> {
+        let documents = py
+            .detach(|| {
+                // A panic within leaves no half-made state: a call only reads the tokenizer.
+                let mut tokenizer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                tokenizer.encode(&texts, add_special_tokens, append)
+            })
+            .map_err(refuse)?;
+        Ok((
+            documents.tokens.into_pyarray(py),
+            documents.lengths.into_pyarray(py),
+        ))
+    }
+}
