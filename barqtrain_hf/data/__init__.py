@@ -8,12 +8,14 @@ from barqtrain_hf.data.collator import BarqDataCollator
 from barqtrain_hf.data.dataset import PackedDataset
 from barqtrain_hf.data.packing import pack_sequences
 from barqtrain_hf.data.store import TokenStore, tokenize
+from barqtrain_hf.data.stream import PackedStream
 from barqtrain_hf.data.tokenizer import FastTokenizer
 
 __all__ = [
     "BarqDataCollator",
     "FastTokenizer",
     "PackedDataset",
+    "PackedStream",
     "TokenStore",
     "pack_sequences",
     "tokenize",

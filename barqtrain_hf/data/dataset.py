@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, SupportsIndex, get_args
+from typing import Any, Literal, Protocol, SupportsIndex, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ import torch
 from barqtrain_hf import _rust
 from barqtrain_hf.data.batch import packed_batch
 from barqtrain_hf.data.packing import plan_epoch, positive_int
-from barqtrain_hf.data.rows import IGNORE_INDEX, ROW_KEYS, Row, join, read_row
+from barqtrain_hf.data.rows import ROW_KEYS, Row, Tokens, join, read_row, stored
 from barqtrain_hf.data.store import TokenStore
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -228,15 +228,7 @@ class PackedRow(Mapping[str, torch.Tensor]):
         return 4
 
 
-class _Tokens(NamedTuple):
-    """What a `TokenStore` has, in memory."""
-
-    input_ids: npt.NDArray[np.int32]  # [T]
-    labels: npt.NDArray[np.int32]  # [T]
-    lengths: npt.NDArray[np.int64]  # [documents]
-
-
-def _read_tokens(dataset: Any) -> _Tokens:
+def _read_tokens(dataset: Any) -> Tokens:
     """All tokens, labels and document lengths of ``dataset``."""
     try:
         num_rows = len(dataset)
@@ -247,7 +239,7 @@ def _read_tokens(dataset: Any) -> _Tokens:
         ) from None
     if not num_rows:
         raise DataError("dataset is empty: pass at least one document.")
-    input_ids, labels, lengths = [], [], []
+    chunks = []
     for first in range(0, num_rows, _ROWS_PER_READ):
         indices = range(first, min(first + _ROWS_PER_READ, num_rows))
         # Rows made by a transform exist only when they are asked for one by one.
@@ -255,23 +247,8 @@ def _read_tokens(dataset: Any) -> _Tokens:
             chunk = _read_columns(dataset, indices)
         else:
             chunk = _read_rows(dataset, indices)
-        input_ids.append(_int32(chunk.input_ids, "input_ids", chunk.input_ids < 0))
-        no_label = (chunk.labels < 0) & (chunk.labels != IGNORE_INDEX)
-        labels.append(_int32(chunk.labels, "labels", no_label))
-        lengths.append(chunk.lengths)
-    return _Tokens(np.concatenate(input_ids), np.concatenate(labels), np.concatenate(lengths))
-
-
-def _int32(
-    values: npt.NDArray[np.integer], name: str, refused: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.int32]:
-    refused = refused | (values > np.iinfo(np.int32).max)
-    if refused.any():
-        raise DataError(
-            f"dataset has {values[refused][0]} among its {name}: ids are zero to 2**31 - 1, and "
-            f"a label without loss is {IGNORE_INDEX}."
-        )
-    return values.astype(np.int32)
+        chunks.append(stored(chunk, "dataset"))
+    return Tokens(*map(np.concatenate, zip(*chunks, strict=True)))
 
 
 def _read_rows(dataset: SizedRows, indices: range) -> Row:

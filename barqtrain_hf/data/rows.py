@@ -25,6 +25,14 @@ class Row(NamedTuple):
     lengths: npt.NDArray[np.int64]  # [documents], zero or more each, sums to T
 
 
+class Tokens(NamedTuple):
+    """As `Row`, the way tokens are kept: half the size, and every value checked."""
+
+    input_ids: npt.NDArray[np.int32]  # [T]
+    labels: npt.NDArray[np.int32]  # [T]
+    lengths: npt.NDArray[np.int64]  # [documents]
+
+
 def read_row(row: Mapping[str, Any], source: str, index: int) -> Row:
     """Reads a document, or a row of several, from lists, tensors or arrays.
 
@@ -84,6 +92,32 @@ def join(rows: Sequence[Row]) -> Row:
         for arrays in zip(*rows, strict=True)
     )
     return Row(input_ids, labels, lengths)
+
+
+def stored(row: Row, source: str) -> Tokens:
+    """``row`` in int32.
+
+    Raises:
+        DataError: an id is negative, a label is negative and not -100, or either exceeds int32.
+    """
+    no_label = (row.labels < 0) & (row.labels != IGNORE_INDEX)
+    return Tokens(
+        _int32(row.input_ids, "input_ids", row.input_ids < 0, source),
+        _int32(row.labels, "labels", no_label, source),
+        row.lengths,
+    )
+
+
+def _int32(
+    values: npt.NDArray[np.integer], name: str, refused: npt.NDArray[np.bool_], source: str
+) -> npt.NDArray[np.int32]:
+    refused = refused | (values > np.iinfo(np.int32).max)
+    if refused.any():
+        raise DataError(
+            f"{source} has {values[refused][0]} among its {name}: ids are zero to 2**31 - 1, and "
+            f"a label without loss is {IGNORE_INDEX}."
+        )
+    return values.astype(np.int32)
 
 
 def _integers(row: Mapping[str, Any], key: str, source: str, index: int) -> npt.NDArray[np.integer]:

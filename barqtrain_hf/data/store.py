@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barqtrain_hf import _rust
-from barqtrain_hf.data.tokenizer import FastTokenizer
+from barqtrain_hf.data.tokenizer import FastTokenizer, text_of
 from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -188,13 +188,7 @@ def _read(dataset: Any, text_column: str, first: int) -> Sequence[Any]:
             )
         column: Sequence[Any] = dataset[first:last][text_column]
         return column
-    rows = [dataset[index] for index in range(first, last)]
-    for index, row in enumerate(rows, first):
-        if isinstance(row, dict) and text_column not in row:
-            raise DataError(
-                f"dataset[{index}] has no {text_column!r}, only {', '.join(row)}: pass text_column."
-            )
-    return [row[text_column] if isinstance(row, dict) else row for row in rows]
+    return [text_of(dataset[index], text_column, index) for index in range(first, last)]
 
 
 def _key(dataset: Any, text_column: str, tokenizer: FastTokenizer) -> bytes:

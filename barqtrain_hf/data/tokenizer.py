@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,21 @@ class FastTokenizer:
             ) from None
         except ValueError as error:
             raise DataError(f"{source}[{first}:{first + len(texts)}]: {error}") from None
+
+
+def text_of(row: Any, text_column: str, index: int) -> Any:
+    """The text of a row, which is a dict with ``text_column`` or is itself the text.
+
+    Raises:
+        DataError: the dict has no such key.
+    """
+    if not isinstance(row, Mapping):
+        return row
+    if text_column not in row:
+        raise DataError(
+            f"dataset[{index}] has no {text_column!r}, only {', '.join(row)}: pass text_column."
+        )
+    return row[text_column]
 
 
 def _has_utf8(text: str) -> bool:

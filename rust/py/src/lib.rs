@@ -21,7 +21,7 @@ mod _rust {
     #[pymodule_export]
     use super::batches::assemble;
     #[pymodule_export]
-    use super::planning::{fit, pack_sequences, plan_epoch};
+    use super::planning::{balance, fit, pack_sequences, plan_epoch, plan_window};
     #[pymodule_export]
     use super::store::{verify_store, StoreWriter};
     #[pymodule_export]

@@ -77,3 +77,38 @@ pub fn fit<'py>(
         ),
     ))
 }
+
+type WindowArrays<'py> = (
+    Bound<'py, PyArray1<u32>>,
+    Bound<'py, PyArray1<usize>>,
+    Bound<'py, PyArray1<u32>>,
+);
+
+/// Shuffled rows of one window of a stream, and the documents that wait: (order, offsets, carried).
+#[pyfunction]
+pub fn plan_window<'py>(
+    py: Python<'py>,
+    lengths: PyReadonlyArray1<'py, i64>,
+    waited: PyReadonlyArray1<'py, u8>,
+    max_length: usize,
+    name: [u64; 3],
+    last: bool,
+) -> PyResult<WindowArrays<'py>> {
+    let (lengths, waited) = (lengths.as_slice()?, waited.as_slice()?);
+    let planned = py
+        .detach(|| barqtrain_core::plan_window(lengths, waited, max_length, name, last))
+        .map_err(refuse)?;
+    let (order, offsets) = arrays(py, planned.plan);
+    Ok((order, offsets, planned.carried.into_pyarray(py)))
+}
+
+/// Rows in the order in which ranks take them: rank r has the r-th part. `rows` holds the lengths of
+/// the documents of each row.
+#[pyfunction]
+pub fn balance(rows: Vec<Vec<u64>>, ranks: usize, linear: u64) -> PyResult<Vec<u32>> {
+    let costs: Vec<u64> = rows
+        .into_iter()
+        .map(|lengths| barqtrain_core::row_cost(lengths, linear))
+        .collect();
+    barqtrain_core::balance(&costs, ranks).map_err(refuse)
+}

@@ -1,0 +1,192 @@
+"""The documents of a stream that are packed together, and the rows they make."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from barqtrain_hf import _rust
+from barqtrain_hf.data.rows import Tokens
+from barqtrain_hf.data.source import Source
+from barqtrain_hf.errors import DataError
+
+
+class Reader(Protocol):
+    """Makes tokens of rows."""
+
+    def size(self, row: Any) -> int:
+        """Bytes or tokens of a row, to know when rows are many."""
+
+    def read(self, rows: list[Any], first: int) -> Tokens:
+        """Tokens of rows, the first of which has the number ``first``."""
+
+
+_ROWS_PER_READ = 64
+# Enough to tokenise at once that no thread waits long, few enough to hold.
+_SIZE_PER_READ = 4 << 20
+# Documents in the first window; each is twice as large as the one before, until it has them all.
+# The first batch comes after a fraction of a second, and later windows pack well.
+_FIRST_DOCUMENTS = 256
+_DOCUMENTS = 4096
+# However long documents are, a window ends with the read that brings it so many tokens.
+_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the rows of a stream depend on, besides its documents."""
+
+    max_length: int
+    overflow: str
+    seed: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Documents, and where the stream goes on after them. Everything else follows from these."""
+
+    number: int
+    input_ids: npt.NDArray[np.int32]  # [T]
+    labels: npt.NDArray[np.int32]  # [T]
+    lengths: npt.NDArray[np.int64]  # [pieces of documents], end to end
+    waited: npt.NDArray[np.uint8]  # [pieces], windows each has waited for company
+    losses: tuple[int, ...]  # of the stream so far, as _rust.fit counts them
+    place: dict[str, Any]
+    last: bool
+    packing: Packing
+
+    @functools.cached_property
+    def plan(self) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64], npt.NDArray[np.uint32]]:
+        """(documents row after row, offset of each row, documents that wait for the next window)."""
+        name = (self.packing.seed, self.packing.epoch, self.number)
+        order, offsets, carried = _rust.plan_window(
+            self.lengths, self.waited, self.packing.max_length, name, self.last
+        )
+        return order, offsets.astype(np.int64), carried
+
+    @functools.cached_property
+    def starts(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.plan[1]) - 1
+
+    def lengths_of(self, row: int) -> list[int]:
+        """Tokens of each document of a row."""
+        order, offsets, _ = self.plan
+        lengths: list[int] = self.lengths[order[offsets[row] : offsets[row + 1]]].tolist()
+        return lengths
+
+    def assemble(self, rows: list[int]) -> Any:
+        """As `_rust.assemble`."""
+        order, offsets, _ = self.plan
+        arrays = (self.input_ids, self.labels, self.starts, self.lengths, order, offsets)
+        return _rust.assemble(*arrays, rows, None)
+
+    def state(self) -> dict[str, Any]:
+        """All of it but the packing, as ints and tensors."""
+        return {
+            "number": self.number,
+            "input_ids": torch.from_numpy(self.input_ids.copy()),
+            "labels": torch.from_numpy(self.labels.copy()),
+            "lengths": torch.from_numpy(self.lengths.copy()),
+            "waited": torch.from_numpy(self.waited.copy()),
+            "losses": list(self.losses),
+            "place": self.place,
+            "last": self.last,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], packing: Packing) -> Window:
+        arrays = {
+            key: np.ascontiguousarray(state[key].numpy())
+            for key in ("input_ids", "labels", "lengths", "waited")
+        }
+        return cls(
+            number=state["number"],
+            losses=tuple(state["losses"]),
+            place=state["place"],
+            last=state["last"],
+            packing=packing,
+            **arrays,
+        )
+
+
+def next_window(before: Window | None, source: Source, reader: Reader, packing: Packing) -> Window:
+    """Reads the window after ``before``; the source stands where that one ended.
+
+    Raises:
+        DataError: a row is malformed, or too long and ``overflow`` is ``"error"``.
+    """
+    number = 0 if before is None else before.number + 1
+    parts, losses = _carried(before)
+    wanted, tokens, last = min(_DOCUMENTS, _FIRST_DOCUMENTS << min(number, 16)), 0, False
+    while wanted and tokens < _TOKENS and not last:
+        first, rows = source.place["rows"], _read_rows(source, reader, wanted)
+        wanted -= len(rows)
+        last = not rows
+        if rows:
+            found = reader.read(rows, first)
+            tokens += len(found.input_ids)
+            part, counts = _fit(found, packing, first)
+            parts.append(part)
+            losses = tuple(map(sum, zip(losses, counts, strict=True)))
+    input_ids, labels, lengths, waited = map(np.concatenate, zip(*parts, strict=True))
+    place = source.place
+    return Window(number, input_ids, labels, lengths, waited, losses, place, last, packing)
+
+
+def _read_rows(source: Source, reader: Reader, most: int) -> list[Any]:
+    rows: list[Any] = []
+    size = 0
+    while len(rows) < most and size < _SIZE_PER_READ:
+        part = source.read(min(_ROWS_PER_READ, most - len(rows)))
+        if not part:
+            break
+        rows += part
+        size += sum(map(reader.size, part))
+    return rows
+
+
+_Part = tuple[
+    npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]
+]
+
+
+def _carried(before: Window | None) -> tuple[list[_Part], tuple[int, ...]]:
+    """What waits from the window before, and the losses until then."""
+    if before is None:
+        empty = np.empty(0, np.int32)
+        return [(empty, empty, np.empty(0, np.int64), np.empty(0, np.uint8))], (0,) * 5
+    carried = before.plan[2]
+    lengths = before.lengths[carried]
+    at = _indices(before.starts[carried], lengths)
+    waited = before.waited[carried] + np.uint8(1)
+    return [(before.input_ids[at], before.labels[at], lengths, waited)], before.losses
+
+
+def _fit(found: Tokens, packing: Packing, first: int) -> tuple[_Part, tuple[int, ...]]:
+    try:
+        starts, lengths, losses = _rust.fit(found.lengths, packing.max_length, packing.overflow)
+    except ValueError as error:
+        raise DataError(
+            f"Of the {len(found.lengths)} documents from row {first} on: {error}"
+        ) from None
+    at = _indices(starts, lengths)
+    waited = np.zeros(len(lengths), np.uint8)
+    return (found.input_ids[at], found.labels[at], lengths, waited), losses
+
+
+def _indices(
+    starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Where the tokens are of pieces that begin at ``starts``."""
+    begins = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - begins, lengths)
