@@ -47,5 +47,9 @@ class StoreWriter:
 class TextTokenizer:
     def __init__(self, json: str, split_special_tokens: bool, threads: int) -> None: ...
     def encode(
-        self, texts: Sequence[str], add_special_tokens: bool, append: int | None
+        self,
+        texts: Sequence[str],
+        prompts: Sequence[str] | None,
+        add_special_tokens: bool,
+        eos: str | None,
     ) -> tuple[Int32, Int64]: ...

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from barqtrain_hf import _rust
-from barqtrain_hf.data.tokenizer import FastTokenizer, text_of
+from barqtrain_hf.data.examples import CHAT_KEYS, Example, Schema, encode_examples
+from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -86,12 +87,15 @@ def tokenize(
 ) -> TokenStore:
     """Tokenises texts into a file, or takes the file from an earlier run on the same texts.
 
-    Every text is a document; every token but the first bears a loss. The file appears under its name
-    when it is whole. Of several processes one builds it and the others wait; after a crash the next
+    Every row is a document: a text or a chat, all of whose tokens bear a loss but the first, or a
+    prompt with its completion, which alone bears a loss. The file appears under its name when it is
+    whole. Of several processes one builds it and the others wait; after a crash the next
     run builds it again.
 
     Args:
-        dataset: a sequence of strings, or of dicts with ``text_column``; a ``datasets.Dataset``.
+        dataset: a sequence of strings or of dicts; a ``datasets.Dataset``. Dicts have ``messages``, or
+            ``prompt`` and ``completion`` (both text or both messages), or else ``text_column``. Chats are
+            rendered by the tokenizer's chat template, and nothing is added to them.
         tokenizer: a fast tokenizer; truncation and padding are off.
         path: the file. Its folder is made if there is none.
         text_column: where rows are dicts, the key of the text.
@@ -100,7 +104,8 @@ def tokenize(
 
     Raises:
         UnsupportedError: the tokenizer has no fast version.
-        DataError: there is no text, or some row has none.
+        DataError: there is no text, some row has none, or rows are of different kinds.
+        ArgumentError: there are chats and no chat template, or no ``eos_token`` to append.
         ArgumentTypeError: ``dataset`` has no length.
         StorageError: the file cannot be written, such as on a full disk; nothing is left behind.
     """
@@ -150,10 +155,10 @@ def _write(
 ) -> None:
     started, tokens, done = time.perf_counter(), 0, 0
     try:
-        for texts in _batches(dataset, text_column):
-            ids, lengths = tokenizer.encode(texts, "dataset", done)
+        for examples in _batches(dataset, text_column, tokenizer):
+            ids, lengths = encode_examples(tokenizer, examples, done)
             writer.push(ids, lengths)
-            tokens, done = tokens + len(ids), done + len(texts)
+            tokens, done = tokens + len(ids), done + len(examples)
         writer.finish()
     except OSError as error:
         raise StorageError(str(error)) from None
@@ -163,32 +168,36 @@ def _write(
     )
 
 
-def _batches(dataset: Any, text_column: str) -> Iterator[list[str]]:
-    """All texts, about `_BYTES_PER_CALL` at a time."""
-    texts: list[str] = []
+def _batches(dataset: Any, text_column: str, tokenizer: FastTokenizer) -> Iterator[list[Example]]:
+    """All examples, about `_BYTES_PER_CALL` at a time."""
+    schema = Schema(tokenizer.tokenizer, text_column)
+    examples: list[Example] = []
     size = 0
     for first in range(0, len(dataset), _ROWS_PER_READ):
-        for text in _read(dataset, text_column, first):
-            texts.append(text)
-            size += len(text) if isinstance(text, str) else 0
+        for index, row in enumerate(_rows(dataset, text_column, first), first):
+            example = schema.read(row, index)
+            examples.append(example)
+            size += example.size
         if size >= _BYTES_PER_CALL:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
+            yield examples
+            examples, size = [], 0
+    if examples:
+        yield examples
 
 
-def _read(dataset: Any, text_column: str, first: int) -> Sequence[Any]:
+def _rows(dataset: Any, text_column: str, first: int) -> Iterable[Any]:
     last = min(first + _ROWS_PER_READ, len(dataset))
-    if hasattr(dataset, "column_names"):
-        if text_column not in dataset.column_names:
-            raise DataError(
-                f"dataset has no column {text_column!r}, only {', '.join(dataset.column_names)}: pass "
-                "text_column."
-            )
-        column: Sequence[Any] = dataset[first:last][text_column]
-        return column
-    return [text_of(dataset[index], text_column, index) for index in range(first, last)]
+    if not hasattr(dataset, "column_names"):
+        return map(dataset.__getitem__, range(first, last))
+    names = [name for name in (text_column, *CHAT_KEYS) if name in dataset.column_names]
+    if not names:
+        raise DataError(
+            f"dataset has no column {text_column!r}, no messages and no prompt with completion, only "
+            f"{', '.join(dataset.column_names)}: pass text_column."
+        )
+    columns = dataset[first:last]  # one read, however many columns
+    values = zip(*(columns[name] for name in names), strict=True)
+    return (dict(zip(names, row, strict=True)) for row in values)
 
 
 def _key(dataset: Any, text_column: str, tokenizer: FastTokenizer) -> bytes:
@@ -199,9 +208,11 @@ def _key(dataset: Any, text_column: str, tokenizer: FastTokenizer) -> bytes:
     if fingerprint is not None:
         digest.update(f"{fingerprint} {text_column}".encode())
         return digest.digest()
-    for texts in _batches(dataset, text_column):
-        for text in texts:
-            encoded = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b"?"
-            digest.update(len(encoded).to_bytes(8, "little"))
-            digest.update(encoded)
+    for examples in _batches(dataset, text_column, tokenizer):
+        for text, prompt, rendered in examples:
+            for part in (text, prompt, rendered):
+                encoded = f"{part!r}" if not isinstance(part, str) else part
+                data = encoded.encode("utf-8", "surrogatepass")
+                digest.update(len(data).to_bytes(8, "little"))
+                digest.update(data)
     return digest.digest()

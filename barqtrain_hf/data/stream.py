@@ -14,11 +14,12 @@ import torch
 from barqtrain_hf import _rust
 from barqtrain_hf.data.batch import packed_batch
 from barqtrain_hf.data.dataset import Overflow
+from barqtrain_hf.data.examples import Example, Schema, encode_examples
 from barqtrain_hf.data.packing import positive_int
 from barqtrain_hf.data.prefetch import Prefetcher
-from barqtrain_hf.data.rows import Tokens, join, read_row, stored
+from barqtrain_hf.data.rows import IGNORE_INDEX, Row, Tokens, join, read_row, stored
 from barqtrain_hf.data.source import Source
-from barqtrain_hf.data.tokenizer import FastTokenizer, text_of
+from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.data.window import Packing, Reader, Window, next_window
 from barqtrain_hf.errors import ArgumentError, DataError, UnsupportedError
 
@@ -44,13 +45,13 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Args:
         dataset: documents, in the order they are to be read: a list, a map-style or an iterable data
-            set. Strings or dicts with ``text_column`` if there is a ``tokenizer``, else dicts as
-            `PackedDataset` takes them.
+            set. With a ``tokenizer`` rows are as in `tokenize`, else as in `PackedDataset`.
         max_length: tokens a row can hold.
         tokenizer: a fast tokenizer, or a `FastTokenizer` for other than its default settings.
         text_column: where rows are dicts, the key of the text.
         batch_size: rows of each batch.
-        overflow: as in `PackedDataset`. By default text is split, and ready tokens are refused.
+        overflow: as in `PackedDataset`. By default long texts are split, and chats and ready tokens
+            refused.
         seed: chooses which documents share a row, and the order of rows in a window.
         rank: which of the ranks this is.
         world_size: how many there are.
@@ -79,9 +80,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self.world_size = positive_int("world_size", world_size)
         if not 0 <= rank < world_size:
             raise ArgumentError(f"rank is {rank}: pass 0 to world_size - 1 = {world_size - 1}.")
-        if overflow is None:
-            overflow = "error" if tokenizer is None else "split"
-        if overflow not in get_args(Overflow):
+        if overflow is not None and overflow not in get_args(Overflow):
             raise ArgumentError(
                 f"overflow is {overflow!r}: choose one of {', '.join(get_args(Overflow))}."
             )
@@ -271,22 +270,28 @@ def _join(rows: list[_Row]) -> dict[str, Any]:
 class _TextReader:
     def __init__(self, tokenizer: FastTokenizer, text_column: str) -> None:
         self._tokenizer = tokenizer
-        self._text_column = text_column
+        self._schema = Schema(tokenizer.tokenizer, text_column)
 
-    def size(self, row: Any) -> int:
-        text = row.get(self._text_column) if isinstance(row, dict) else row
-        return len(text) if isinstance(text, str) else 0
+    def example(self, row: Any, index: int) -> tuple[Example, int]:
+        example = self._schema.read(row, index)
+        return example, example.size
 
-    def read(self, rows: list[Any], first: int) -> Tokens:
-        texts = [text_of(row, self._text_column, index) for index, row in enumerate(rows, first)]
-        ids, lengths = self._tokenizer.encode(texts, "dataset", first)
-        return Tokens(ids, ids, lengths)
+    def read(self, examples: list[Example], first: int) -> Tokens:
+        ids, lengths = encode_examples(self._tokenizer, examples, first)
+        labels = np.where(ids < 0, np.int32(IGNORE_INDEX), ids)
+        return Tokens(ids & np.iinfo(np.int32).max, labels, lengths)
+
+    @property
+    def overflow(self) -> str:
+        return "error" if self._schema.is_chat else "split"
 
 
 class _TokenReader:
-    def size(self, row: Any) -> int:
-        return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
+    overflow = "error"
 
-    def read(self, rows: list[Any], first: int) -> Tokens:
-        read = [read_row(row, "dataset", index) for index, row in enumerate(rows, first)]
-        return stored(join(read), "dataset")
+    def example(self, row: Any, index: int) -> tuple[Row, int]:
+        found = read_row(row, "dataset", index)
+        return found, len(found.input_ids)
+
+    def read(self, examples: list[Row], first: int) -> Tokens:
+        return stored(join(examples), "dataset")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,14 +54,15 @@ class FastTokenizer:
                 "Load it with AutoTokenizer.from_pretrained(name, use_fast=True), or tokenise with "
                 "datasets.map and pass the input_ids.",
             )
-        self._eos: int | None = None
+        self._eos: str | None = None
         if append_eos:
-            self._eos = tokenizer.eos_token_id
+            self._eos = tokenizer.eos_token
             if self._eos is None:
                 raise ArgumentError(
                     "append_eos is True and the tokenizer has no eos_token: set tokenizer.eos_token, "
                     "or pass append_eos=False."
                 )
+        self.tokenizer = tokenizer
         self._add_special_tokens = add_special_tokens
         split = bool(getattr(tokenizer, "split_special_tokens", False))
         json = backend.to_str()
@@ -71,11 +72,12 @@ class FastTokenizer:
             raise UnsupportedError(
                 str(error), "Tokenise with datasets.map and pass the input_ids."
             ) from None
-        self.identity = f"{split} {add_special_tokens} {self._eos} {json}"
+        template = getattr(tokenizer, "chat_template", None)
+        self.identity = f"{split} {add_special_tokens} {self._eos} {template} {json}"
         self._probe(tokenizer)
 
     def _probe(self, tokenizer: Any) -> None:
-        tokens, lengths = self._rust.encode(_PROBES, self._add_special_tokens, None)
+        tokens, lengths = self._rust.encode(_PROBES, None, self._add_special_tokens, None)
         ours = np.split(tokens, np.cumsum(lengths)[:-1])
         for text, ids in zip(_PROBES, ours, strict=True):
             # verbose: a probe may be longer than the model's context, which is no reason to warn.
@@ -89,7 +91,13 @@ class FastTokenizer:
                 )
 
     def encode(
-        self, texts: Sequence[str], source: str = "texts", first: int = 0
+        self,
+        texts: Sequence[str],
+        source: str = "texts",
+        first: int = 0,
+        *,
+        prompts: Sequence[str] | None = None,
+        rendered: bool = False,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Tokens of all texts, end to end, and how many each has.
 
@@ -97,49 +105,39 @@ class FastTokenizer:
             texts: any number of strings.
             source: what they are items of, for messages.
             first: the place of the first of them there, for messages.
+            prompts: how each text begins. No loss is borne by the tokens that a text and its prompt,
+                tokenised by itself, have in common at their front.
+            rendered: texts come from a chat template; neither special tokens nor EOS are added.
 
         Returns:
-            ids of shape ``[T]`` and lengths of shape ``[texts]``, which may be zero.
+            ids of shape ``[T]``, with the top bit set where there is no loss, and lengths of shape
+            ``[texts]``, which may be zero.
 
         Raises:
             DataError: an item is no string, or one that has no UTF-8.
         """
-        for index, text in enumerate(texts, first):
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{source}[{index}] is {text!r} ({type(text).__name__}) instead of text: remove "
-                    "such rows, or choose the column that holds the text."
-                )
+        for strings in (texts, prompts or ()):
+            _check(strings, source, first)
+        special = self._add_special_tokens and not rendered
+        eos = None if rendered else self._eos
         try:
-            return self._rust.encode(texts, self._add_special_tokens, self._eos)
-        except UnicodeEncodeError as error:
-            index = next(i for i, text in enumerate(texts, first) if not _has_utf8(text))
-            raise DataError(
-                f"{source}[{index}] has no UTF-8: {error.reason} at character {error.start}. Read it "
-                "with the right encoding, or with errors='replace'."
-            ) from None
+            return self._rust.encode(texts, prompts, special, eos)
         except ValueError as error:
             raise DataError(f"{source}[{first}:{first + len(texts)}]: {error}") from None
 
 
-def text_of(row: Any, text_column: str, index: int) -> Any:
-    """The text of a row, which is a dict with ``text_column`` or is itself the text.
-
-    Raises:
-        DataError: the dict has no such key.
-    """
-    if not isinstance(row, Mapping):
-        return row
-    if text_column not in row:
-        raise DataError(
-            f"dataset[{index}] has no {text_column!r}, only {', '.join(row)}: pass text_column."
-        )
-    return row[text_column]
-
-
-def _has_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _check(strings: Sequence[str], source: str, first: int) -> None:
+    for index, text in enumerate(strings, first):
+        if not isinstance(text, str):
+            raise DataError(
+                f"{source}[{index}] is {text!r} ({type(text).__name__}) instead of text: remove such "
+                "rows, or choose the column that holds the text."
+            )
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"{source}[{index}] has no UTF-8: {error.reason} at character {error.start}. Read "
+                    "it with the right encoding, or with errors='replace'."
+                ) from None

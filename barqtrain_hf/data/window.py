@@ -19,11 +19,15 @@ from barqtrain_hf.errors import DataError
 class Reader(Protocol):
     """Makes tokens of rows."""
 
-    def size(self, row: Any) -> int:
-        """Bytes or tokens of a row, to know when rows are many."""
+    @property
+    def overflow(self) -> str:
+        """What happens to long documents if nothing else was asked for."""
 
-    def read(self, rows: list[Any], first: int) -> Tokens:
-        """Tokens of rows, the first of which has the number ``first``."""
+    def example(self, row: Any, index: int) -> tuple[Any, int]:
+        """What is to be read of a row, and its size, to know when there are many."""
+
+    def read(self, examples: list[Any], first: int) -> Tokens:
+        """Tokens of examples, the first of which is of row ``first``."""
 
 
 _ROWS_PER_READ = 64
@@ -42,7 +46,7 @@ class Packing:
     """What the rows of a stream depend on, besides its documents."""
 
     max_length: int
-    overflow: str
+    overflow: str | None
     seed: int
     epoch: int
 
@@ -129,13 +133,14 @@ def next_window(before: Window | None, source: Source, reader: Reader, packing: 
     parts, losses = _carried(before)
     wanted, tokens, last = min(_DOCUMENTS, _FIRST_DOCUMENTS << min(number, 16)), 0, False
     while wanted and tokens < _TOKENS and not last:
-        first, rows = source.place["rows"], _read_rows(source, reader, wanted)
-        wanted -= len(rows)
-        last = not rows
-        if rows:
-            found = reader.read(rows, first)
+        first, examples = source.place["rows"], _read_examples(source, reader, wanted)
+        wanted -= len(examples)
+        last = not examples
+        if examples:
+            found = reader.read(examples, first)
             tokens += len(found.input_ids)
-            part, counts = _fit(found, packing, first)
+            overflow = packing.overflow or reader.overflow
+            part, counts = _fit(found, packing.max_length, overflow, first)
             parts.append(part)
             losses = tuple(map(sum, zip(losses, counts, strict=True)))
     input_ids, labels, lengths, waited = map(np.concatenate, zip(*parts, strict=True))
@@ -143,16 +148,19 @@ def next_window(before: Window | None, source: Source, reader: Reader, packing: 
     return Window(number, input_ids, labels, lengths, waited, losses, place, last, packing)
 
 
-def _read_rows(source: Source, reader: Reader, most: int) -> list[Any]:
-    rows: list[Any] = []
+def _read_examples(source: Source, reader: Reader, most: int) -> list[Any]:
+    examples: list[Any] = []
     size = 0
-    while len(rows) < most and size < _SIZE_PER_READ:
-        part = source.read(min(_ROWS_PER_READ, most - len(rows)))
-        if not part:
+    while len(examples) < most and size < _SIZE_PER_READ:
+        first = source.place["rows"]
+        rows = source.read(min(_ROWS_PER_READ, most - len(examples)))
+        if not rows:
             break
-        rows += part
-        size += sum(map(reader.size, part))
-    return rows
+        for index, row in enumerate(rows, first):
+            example, more = reader.example(row, index)
+            examples.append(example)
+            size += more
+    return examples
 
 
 _Part = tuple[
@@ -172,9 +180,11 @@ def _carried(before: Window | None) -> tuple[list[_Part], tuple[int, ...]]:
     return [(before.input_ids[at], before.labels[at], lengths, waited)], before.losses
 
 
-def _fit(found: Tokens, packing: Packing, first: int) -> tuple[_Part, tuple[int, ...]]:
+def _fit(
+    found: Tokens, max_length: int, overflow: str, first: int
+) -> tuple[_Part, tuple[int, ...]]:
     try:
-        starts, lengths, losses = _rust.fit(found.lengths, packing.max_length, packing.overflow)
+        starts, lengths, losses = _rust.fit(found.lengths, max_length, overflow)
     except ValueError as error:
         raise DataError(
             f"Of the {len(found.lengths)} documents from row {first} on: {error}"

@@ -51,9 +51,7 @@ def test_huggingface_columns(tmp_path, tokenizer):
     picked = dataset.select([4, 0, 2])
     store = tokenize(picked, tokenizer, tmp_path / "a", text_column="body")
     assert documents(store) == expected(tokenizer, [TEXTS[i] for i in (4, 0, 2)])
-    with pytest.raises(
-        DataError, match="dataset has no column 'text', only body, n: pass text_col"
-    ):
+    with pytest.raises(DataError, match="dataset has no column 'text', no messages and no prompt"):
         tokenize(dataset, tokenizer, tmp_path / "b")
 
 
@@ -218,7 +216,11 @@ def test_a_token_may_bear_no_loss(tmp_path):
             "dataset is a generator, which has no length",
         ),
         (["a", None], DataError, r"dataset\[1\] is None"),
-        ([{"text": "a"}, {"body": "b"}], DataError, r"dataset\[1\] has no 'text', only body"),
+        (
+            [{"text": "a"}, {"body": "b"}],
+            DataError,
+            r"dataset\[1\] has no 'text', no messages.* only body",
+        ),
         (["a"] * 100 + [3], DataError, r"dataset\[100\] is 3 \(int\) instead of text"),
     ],
 )

@@ -408,7 +408,7 @@ def test_a_state_of_something_else_is_refused():
         with pytest.raises(ArgumentError, match=f"{key} is .* here and .* in the state: resume"):
             PackedStream(documents([3]), **{"max_length": 8, **options}).load_state_dict(state)
     with pytest.raises(ArgumentError, match="tokens is"):
-        PackedStream(["a"], 8, tokenizer=small_tokenizer(), overflow="error").load_state_dict(state)
+        PackedStream(["a"], 8, tokenizer=small_tokenizer()).load_state_dict(state)
     del state["row"], state["window"]
     with pytest.raises(
         DataError, match=r"state lacks row, window: pass what state_dict\(\) return"

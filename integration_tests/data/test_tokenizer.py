@@ -104,14 +104,13 @@ def test_python_threads_may_share_one():
 
 class _Slow:
     is_fast = False
-    eos_token_id = 1
 
 
 class _Meddling:
     """Does something in Python that its JSON does not know of."""
 
     is_fast = True
-    eos_token_id = 2
+    eos_token = "</s>"
 
     def __init__(self):
         self.backend_tokenizer = tokenizer_of("byte_level").backend_tokenizer

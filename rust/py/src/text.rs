@@ -2,6 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use barqtrain_text::Options;
 use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
@@ -25,20 +26,25 @@ impl TextTokenizer {
         Ok(Self(Mutex::new(py.detach(read).map_err(refuse)?)))
     }
 
-    /// (ids of all texts end to end, tokens of each text).
+    /// (ids of all texts end to end, with the top bit set where there is no loss; tokens of each text).
     #[allow(clippy::type_complexity)]
     fn encode<'py>(
         &self,
         py: Python<'py>,
         texts: Vec<PyBackedStr>,
+        prompts: Option<Vec<PyBackedStr>>,
         add_special_tokens: bool,
-        append: Option<u32>,
+        eos: Option<String>,
     ) -> PyResult<(Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>)> {
+        let options = Options {
+            add_special_tokens,
+            eos,
+        };
         let documents = py
             .detach(|| {
                 // A panic within leaves no half-made state: a call only reads the tokenizer.
                 let mut tokenizer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                tokenizer.encode(&texts, add_special_tokens, append)
+                tokenizer.encode(&texts, prompts.as_deref(), &options)
             })
             .map_err(refuse)?;
         Ok((

@@ -5,10 +5,11 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
 
-use barqtrain_core::map_with;
+use barqtrain_core::{map_with, NO_LOSS};
 use tokenizers::Tokenizer;
 
 /// Text that a thread takes at once: short enough to share evenly, long enough to be worth a lock.
@@ -29,10 +30,12 @@ pub enum TextError {
         /// What `tokenizers` said.
         reason: String,
     },
-    /// A token has an id that int32 cannot hold.
-    IdTooLarge {
-        /// The id.
-        id: u32,
+    /// Not one prompt for each text.
+    PromptsMismatch {
+        /// How many prompts.
+        prompts: usize,
+        /// For how many texts.
+        texts: usize,
     },
 }
 
@@ -47,12 +50,8 @@ impl fmt::Display for TextError {
             Self::Encode { index, reason } => {
                 write!(f, "texts[{index}] cannot be tokenised: {reason}.")
             }
-            Self::IdTooLarge { id } => {
-                write!(
-                    f,
-                    "token id {id} is more than {}, the largest int32.",
-                    i32::MAX
-                )
+            Self::PromptsMismatch { prompts, texts } => {
+                write!(f, "{prompts} prompts for {texts} texts: pass one for each.")
             }
         }
     }
@@ -63,10 +62,19 @@ impl std::error::Error for TextError {}
 /// Tokens of some documents, end to end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Documents {
-    /// Ids of all documents.
+    /// Ids of all documents, with [`NO_LOSS`] where there is no loss.
     pub tokens: Vec<i32>,
     /// Tokens of each document.
     pub lengths: Vec<i64>,
+}
+
+/// What is added to texts.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Whether the tokenizer adds its special tokens, such as a BOS in front.
+    pub add_special_tokens: bool,
+    /// Text to put after each text that does not end with it, such as that of EOS.
+    pub eos: Option<String>,
 }
 
 /// A fast tokenizer with a clone for every thread.
@@ -105,27 +113,35 @@ impl TextTokenizer {
 
     /// Tokenises texts; the result does not depend on the number of threads.
     ///
-    /// # Arguments
-    /// - `add_special_tokens`: as in `tokenizers`, such as a BOS in front.
-    /// - `append`: a token to put after each text that does not end with it, such as EOS.
+    /// `prompts` are the beginnings of the texts that bear no loss: [`NO_LOSS`] is set in the tokens
+    /// that a text and its prompt have in common at their front. Where a prompt alone ends in other
+    /// tokens than it does within the text, the loss begins at the first other token, as in TRL.
     ///
     /// # Errors
-    /// When the tokenizer refuses a text; the first such text is named.
+    /// When the tokenizer refuses a text, the first of which is named, or there is not a prompt for
+    /// each text.
     pub fn encode<S: AsRef<str> + Sync>(
         &mut self,
         texts: &[S],
-        add_special_tokens: bool,
-        append: Option<u32>,
+        prompts: Option<&[S]>,
+        options: &Options,
     ) -> Result<Documents, TextError> {
+        if let Some(prompts) = prompts.filter(|prompts| prompts.len() != texts.len()) {
+            return Err(TextError::PromptsMismatch {
+                prompts: prompts.len(),
+                texts: texts.len(),
+            });
+        }
         let chunks = chunks(texts, self.chunk_bytes);
         let encoded = map_with(&mut self.clones, chunks.len(), |tokenizer, chunk| {
-            encode(
-                tokenizer,
-                texts,
-                chunks[chunk].clone(),
-                add_special_tokens,
-                append,
-            )
+            let mut documents = Documents::default();
+            for index in chunks[chunk].clone() {
+                let prompt = prompts.map(|prompts| prompts[index].as_ref());
+                documents
+                    .push(tokenizer, texts[index].as_ref(), prompt, options)
+                    .map_err(|reason| TextError::Encode { index, reason })?;
+            }
+            Ok(documents)
         });
         let mut documents = Documents::default();
         for chunk in encoded {
@@ -137,33 +153,40 @@ impl TextTokenizer {
     }
 }
 
-fn encode<S: AsRef<str>>(
-    tokenizer: &Tokenizer,
-    texts: &[S],
-    chunk: Range<usize>,
-    add_special_tokens: bool,
-    append: Option<u32>,
-) -> Result<Documents, TextError> {
-    let mut documents = Documents::default();
-    for index in chunk {
-        let encoding = tokenizer
-            .encode_fast(texts[index].as_ref(), add_special_tokens)
-            .map_err(|error| TextError::Encode {
-                index,
-                reason: error.to_string(),
-            })?;
-        let before = documents.tokens.len();
-        let ids = encoding.get_ids();
-        let appended = append.filter(|id| ids.last() != Some(id));
-        for &id in ids.iter().chain(&appended) {
-            let id = i32::try_from(id).map_err(|_| TextError::IdTooLarge { id })?;
-            documents.tokens.push(id);
+impl Documents {
+    fn push(
+        &mut self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        prompt: Option<&str>,
+        options: &Options,
+    ) -> Result<(), String> {
+        let mut text = Cow::Borrowed(text);
+        if let Some(eos) = options.eos.as_deref().filter(|eos| !text.ends_with(eos)) {
+            text.to_mut().push_str(eos);
         }
-        documents
-            .lengths
-            .push((documents.tokens.len() - before) as i64);
+        let special = options.add_special_tokens;
+        let ids = |text: &str| {
+            let encoding = tokenizer.encode_fast(text, special);
+            encoding.map_err(|error| error.to_string())
+        };
+        let encoding = ids(&text)?;
+        let before = self.tokens.len();
+        for &id in encoding.get_ids() {
+            let id = i32::try_from(id).map_err(|_| format!("token id {id} is beyond int32"))?;
+            self.tokens.push(id);
+        }
+        if let Some(prompt) = prompt {
+            let prompt = ids(prompt)?;
+            let pairs = encoding.get_ids().iter().zip(prompt.get_ids());
+            let common = pairs.take_while(|(a, b)| a == b).count();
+            for token in &mut self.tokens[before..before + common] {
+                *token |= NO_LOSS;
+            }
+        }
+        self.lengths.push((self.tokens.len() - before) as i64);
+        Ok(())
     }
-    Ok(documents)
 }
 
 /// Cuts texts into runs of at least `bytes`, but for the last, each as short as that allows.

@@ -6,7 +6,12 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::utils::truncation::TruncationParams;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::{chunks, TextError, TextTokenizer};
+use super::{chunks, Options, TextError, TextTokenizer, NO_LOSS};
+
+const PLAIN: Options = Options {
+    add_special_tokens: false,
+    eos: None,
+};
 
 /// Byte-level BPE with a few merges, a special token in front, and truncation that must not happen.
 fn tokenizer() -> Tokenizer {
@@ -90,7 +95,11 @@ fn tokens_are_those_of_the_tokenizer_on_any_number_of_threads() {
         for threads in [0, 1, 2, 8] {
             let mut ours = TextTokenizer::from_json(&json, false, threads).unwrap();
             ours.chunk_bytes = 1000;
-            let documents = ours.encode(&texts, special, None).unwrap();
+            let options = Options {
+                add_special_tokens: special,
+                eos: None,
+            };
+            let documents = ours.encode(&texts, None, &options).unwrap();
             let lengths: Vec<i64> = expected.iter().map(|ids| ids.len() as i64).collect();
             assert_eq!(documents.lengths, lengths, "{threads} threads");
             assert_eq!(documents.tokens, expected.concat(), "{threads} threads");
@@ -99,13 +108,17 @@ fn tokens_are_those_of_the_tokenizer_on_any_number_of_threads() {
 }
 
 #[test]
-fn a_token_is_appended_where_it_is_not_the_last() {
+fn eos_is_appended_where_it_is_not_the_end() {
     let tokenizer = tokenizer();
     let eos = tokenizer.token_to_id("<eos>").unwrap();
     let json = tokenizer.to_string(false).unwrap();
     let mut ours = TextTokenizer::from_json(&json, false, 2).unwrap();
+    let options = Options {
+        add_special_tokens: false,
+        eos: Some("<eos>".to_owned()),
+    };
     let documents = ours
-        .encode(&["the", "", "in<eos>"], false, Some(eos))
+        .encode(&["the", "", "in<eos>"], None, &options)
         .unwrap();
     let id = |token: &str| tokenizer.token_to_id(token).unwrap() as i32;
     assert_eq!(documents.lengths, [2, 1, 2]);
@@ -116,12 +129,46 @@ fn a_token_is_appended_where_it_is_not_the_last() {
 }
 
 #[test]
+fn what_a_text_and_its_prompt_share_bears_no_loss() {
+    let tokenizer = tokenizer();
+    let json = tokenizer.to_string(false).unwrap();
+    let mut ours = TextTokenizer::from_json(&json, false, 2).unwrap();
+    let options = Options {
+        add_special_tokens: true,
+        eos: Some("<eos>".to_owned()),
+    };
+    // The second prompt ends within what becomes the token "the"; the third is all of its text.
+    let texts = ["in the", "in the", "in", "in"];
+    let prompts = ["in", "in t", "in", ""];
+    let masked = ours.encode(&texts, Some(&prompts), &options).unwrap();
+    let plain = ours.encode(&texts, None, &options).unwrap();
+    assert_eq!(masked.lengths, plain.lengths);
+    let ids: Vec<i32> = masked.tokens.iter().map(|id| id & !NO_LOSS).collect();
+    assert_eq!(ids, plain.tokens);
+    let mut at = 0;
+    for (&length, shared) in masked.lengths.iter().zip([2, 3, 2, 1]) {
+        let tokens = &masked.tokens[at..at + length as usize];
+        let without: Vec<bool> = tokens.iter().map(|&id| id < 0).collect();
+        let expected: Vec<bool> = (0..tokens.len()).map(|place| place < shared).collect();
+        assert_eq!(without, expected);
+        at += length as usize;
+    }
+    let error = ours
+        .encode(&texts, Some(&prompts[1..]), &options)
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "3 prompts for 4 texts: pass one for each."
+    );
+}
+
+#[test]
 fn special_tokens_may_be_text() {
     let json = tokenizer().to_string(false).unwrap();
     let mut whole = TextTokenizer::from_json(&json, false, 1).unwrap();
     let mut split = TextTokenizer::from_json(&json, true, 1).unwrap();
-    assert_eq!(whole.encode(&["<eos>"], false, None).unwrap().lengths, [1]);
-    assert_eq!(split.encode(&["<eos>"], false, None).unwrap().lengths, [5]);
+    assert_eq!(whole.encode(&["<eos>"], None, &PLAIN).unwrap().lengths, [1]);
+    assert_eq!(split.encode(&["<eos>"], None, &PLAIN).unwrap().lengths, [5]);
 }
 
 #[test]

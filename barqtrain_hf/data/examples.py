@@ -1,0 +1,130 @@
+"""What a row of text is: a text, a chat, or a prompt with its completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from barqtrain_hf.data.tokenizer import FastTokenizer
+from barqtrain_hf.errors import ArgumentError, DataError
+
+CHAT_KEYS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
+"""What is read of a row besides its text column."""
+
+
+class Example(NamedTuple):
+    """Text to train on; with a prompt, only what comes after it bears a loss."""
+
+    text: Any
+    prompt: Any
+    rendered: bool
+    """Whether a chat template made it, which writes the special tokens itself."""
+
+    @property
+    def size(self) -> int:
+        """Characters of the text, to know when there are many."""
+        return len(self.text) if isinstance(self.text, str) else 0
+
+
+def encode_examples(
+    tokenizer: FastTokenizer, examples: Sequence[Example], first: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """`FastTokenizer.encode` of examples of one kind, the first of which is row ``first``."""
+    prompts = [example.prompt for example in examples] if examples[0].prompt is not None else None
+    return tokenizer.encode(
+        [example.text for example in examples],
+        "dataset",
+        first,
+        prompts=prompts,
+        rendered=examples[0].rendered,
+    )
+
+
+class Schema:
+    """Reads rows that are all of the kind of the first one, as TRL's SFTTrainer does.
+
+    - text: a string, or a dict with ``text_column``; every token bears a loss.
+    - ``messages``: a chat; every token bears a loss.
+    - ``prompt`` and ``completion``, both strings or both lists of messages: the completion bears a loss.
+
+    Chats are rendered by ``tokenizer.apply_chat_template`` with the ``tools`` and
+    ``chat_template_kwargs`` of the row.
+    """
+
+    def __init__(self, tokenizer: Any, text_column: str) -> None:
+        self._tokenizer = tokenizer
+        self._text_column = text_column
+        self._kind: str | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the rows so far were chats."""
+        return self._kind in ("messages", "prompt and completion messages")
+
+    def read(self, row: Any, index: int) -> Example:
+        """The example in a row.
+
+        Raises:
+            DataError: the row is of no kind, or of another than the rows before it.
+            ArgumentError: a chat, and the tokenizer has no chat template.
+        """
+        kind = self._kind_of(row, index)
+        if self._kind is None:
+            self._kind = kind
+        if kind != self._kind:
+            raise DataError(
+                f"dataset[{index}] has {kind} and the rows before it {self._kind}: all rows must be "
+                "alike."
+            )
+        if kind == "text":
+            text = row[self._text_column] if isinstance(row, Mapping) else row
+            return Example(text, None, False)
+        if kind == "messages":
+            return Example(self._render(row, row["messages"]), None, True)
+        prompt, completion = row["prompt"], row["completion"]
+        if kind == "prompt and completion":
+            return Example(prompt + completion, prompt, False)
+        rendered = self._render(row, prompt, add_generation_prompt=True)
+        return Example(self._render(row, [*prompt, *completion]), rendered, True)
+
+    def _kind_of(self, row: Any, index: int) -> str:
+        if not isinstance(row, Mapping):
+            return "text"
+        # A datasets.Dataset fills missing keys with None.
+        there = {key for key, value in row.items() if value is not None}
+        if "messages" in there:
+            return "messages"
+        if {"prompt", "completion"} <= there:
+            kinds = {type(row["prompt"]) is str, type(row["completion"]) is str}
+            if len(kinds) == 2:
+                raise DataError(
+                    f"dataset[{index}] has a prompt and a completion of which one is text and the other "
+                    "a chat: make both text, or both lists of messages."
+                )
+            return "prompt and completion" + ("" if kinds == {True} else " messages")
+        if self._text_column in row:
+            return "text"
+        raise DataError(
+            f"dataset[{index}] has no {self._text_column!r}, no messages and no prompt with completion, "
+            f"only {', '.join(map(str, row))}: pass text_column."
+        )
+
+    def _render(
+        self, row: Mapping[str, Any], messages: Any, add_generation_prompt: bool = False
+    ) -> Any:
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            raise ArgumentError(
+                "dataset holds chats, and the tokenizer has no chat_template: set one, or pass text."
+            )
+        tools = row.get("tools")
+        return self._tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            tools=json.loads(tools) if isinstance(tools, str) else tools,
+            **(row.get("chat_template_kwargs") or {}),
+        )
