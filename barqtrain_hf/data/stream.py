@@ -103,7 +103,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             "seed": seed,
             "tokens": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
         }
-        self._next = _Place(None, 0)
+        self._next = self._start = _Place(None, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration begins this epoch; without a call it is the one after the last.
@@ -114,11 +114,12 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if epoch < 0:
             raise ArgumentError(f"epoch is {epoch}: pass zero or a positive integer.")
         if epoch != self._epoch:
-            self._epoch, self._next = epoch, _Place(None, 0)
+            self._epoch = epoch
+            self._next = self._start = _Place(None, 0)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Batches as `BarqDataCollator` makes them, from where `load_state_dict` left off, or else from
-        the first document.
+        """Batches as `BarqDataCollator` makes them: after `load_state_dict` from that place on, else from
+        the beginning of the epoch.
 
         Raises:
             UnsupportedError: in a worker of a DataLoader.
@@ -129,6 +130,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 "PackedStream runs threads of its own, and every worker would read every document.",
                 "Pass num_workers=0 (dataloader_num_workers=0).",
             )
+        self._next, self._start = self._start, _Place(None, 0)
         return self._iterate(self._next)
 
     def _iterate(self, place: _Place) -> Iterator[dict[str, Any]]:
@@ -228,7 +230,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._epoch = state["epoch"]
         packing = Packing(self.max_length, self._overflow, self._seed, self._epoch)
         window = state["window"]
-        self._next = _Place(
+        self._next = self._start = _Place(
             None if window is None else Window.from_state(window, packing), state["row"]
         )
 
