@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from barqtrain_hf.callbacks import BarqKernelsCallback
 from barqtrain_hf.config import BarqConfig
-from barqtrain_hf.data import BarqDataCollator, PackedDataset
+from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
 from barqtrain_hf.errors import DataError, UnsupportedError
 from barqtrain_hf.metrics import ThroughputMeter
 from barqtrain_hf.patching import (
@@ -43,8 +43,8 @@ class BarqTrainer(Trainer):
     `packing_fill` and `mfu`.
 
     Raises:
-        UnsupportedError: `use_liger_kernel` with its fused cross-entropy, or several GPUs in one process
-            (nn.DataParallel).
+        UnsupportedError: `use_liger_kernel` with its fused cross-entropy, several GPUs in one process
+            (nn.DataParallel), or a `PackedStream`.
         DataError: an empty train_dataset.
     """
 
@@ -59,6 +59,13 @@ class BarqTrainer(Trainer):
         datasets = [given.get("train_dataset"), *_each(given.get("eval_dataset"))]
         if hasattr(datasets[0], "__len__") and len(datasets[0]) == 0:
             raise DataError("train_dataset is empty: there is nothing to train on.")
+        if any(isinstance(dataset, PackedStream) for dataset in datasets):
+            raise UnsupportedError(
+                "BarqTrainer does not train on a PackedStream yet: its batches would be collated again, "
+                "and its state would not be saved with the model.",
+                "Pass PackedDataset(tokenize(dataset, tokenizer, path), max_length), or read the stream in "
+                "a loop of your own.",
+            )
         if given.get("data_collator") is None and any(
             isinstance(d, PackedDataset) for d in datasets
         ):

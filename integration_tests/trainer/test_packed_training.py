@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from models import VOCABULARY, tiny_model
+from small_tokenizers import small_tokenizer
 from test_parity import arguments
 from transformers import Trainer, TrainingArguments
 
 from barqtrain_hf import BarqKernelsCallback, BarqTrainer, BarqTrainingArguments
-from barqtrain_hf.data import PackedDataset
+from barqtrain_hf.data import PackedDataset, PackedStream, tokenize
+from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.metrics import attention_flops_per_pair, flops_per_token
 
 
@@ -88,6 +90,26 @@ def test_every_epoch_is_packed_anew_and_resumed_in_its_middle(tmp_path: Path) ->
     steps = -(-batches // 2)
     resumed = train(tmp_path / "resumed", 2, tmp_path / "whole" / f"checkpoint-{steps + 2}")
     assert resumed == second[4:]
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_a_stream_is_refused_with_the_way_round(name: str, tmp_path: Path) -> None:
+    stream = PackedStream(documents(3), 64)
+    with pytest.raises(UnsupportedError, match=r"does not train on a PackedStream yet.*tokenize"):
+        BarqTrainer(tiny_model("llama"), TrainingArguments(**arguments(tmp_path)), **{name: stream})
+
+
+def test_training_on_a_store_of_text(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    texts = [f"text number {number} " * (1 + number % 5) for number in range(60)]
+    packed = PackedDataset(tokenize(texts, tokenizer, tmp_path / "tokens"), 64, overflow="split")
+    model = tiny_model("llama")
+    model.resize_token_embeddings(len(tokenizer))
+    args = arguments(tmp_path / "out", max_steps=2, dataloader_num_workers=1)
+    trainer = BarqTrainer(model, BarqTrainingArguments(**args), train_dataset=packed)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(0 < loss < 20 for loss in losses)
 
 
 def test_logs_and_tensorboard(tmp_path: Path) -> None:
