@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import sys
@@ -25,6 +26,7 @@ from barqtrain_hf.errors import DataError, UnsupportedError
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x"),
     *("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "cut-cross-entropy", "trl", "peft"),
+    *("datasets", "tokenizers"),
 )
 
 
@@ -89,9 +91,7 @@ def environment() -> dict[str, Any]:
             continue
     cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} threads",
         "command": " ".join(["python", "-m", "barqtrain_hf.benchmarks", *sys.argv[1:]]),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),

@@ -351,6 +351,41 @@ def loss_curves_table(reports: Sequence[Json]) -> list[str]:
     return lines
 
 
+_DATA_PARTS = {
+    "plan": "plan",
+    "move": "ready tokens to rows",
+    "lost": "tokens lost",
+    "text to rows": "text to rows",
+    "first batch": "text to the first batch",
+    "batch": "a batch of rows",
+    "resume": "resume a stream",
+}
+
+
+def data_table(reports: Sequence[Json]) -> list[str]:
+    """Time, fill and losses of the data pipeline, each part with its cases."""
+    lines = ["| | | | fill of the rows |", "|---|---|---:|---:|"]
+    for part, title in _DATA_PARTS.items():
+
+        def case_of(row: Json, title: str = title) -> str:
+            return f"{title}: {row['case']}"
+
+        for row, case in _part(reports, part, case_of):
+            ours = row["implementation"].startswith("ours")
+            cells = [row["implementation"], _amount(row)]
+            cells.append(f"{row['fill']:.2%}" if "fill" in row else "")
+            cells = [f"**{cell}**" if ours and cell else cell for cell in cells]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
+    return lines
+
+
+def _amount(row: Json) -> str:
+    if "share_lost" in row:
+        return f"{row['share_lost']:.1%}"
+    seconds = row["s"] if "s" in row else row["ms"] / 1e3
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
 def source_table(reports: Sequence[Json]) -> list[str]:
     """Where each file comes from: device, versions and command."""
     lines = ["| device | command | versions | date |", "|---|---|---|---|"]
@@ -380,6 +415,7 @@ TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
     "head_sweep": head_sweep_table,
     "row_kernel": row_kernel_table,
     "loss_curves": loss_curves_table,
+    "data": data_table,
     "source": source_table,
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
+from small_tokenizers import small_tokenizer
 
 from barqtrain_hf.benchmarks.render import render
 
@@ -51,6 +52,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     scope: dict[str, Any] = {
         **{"model": model, "name": "model", "q": q, "k": k, "v": v},
         "documents": [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 9,
+        **{"texts": ["one text", "and another"] * 9, "tokenizer": small_tokenizer()},
         **{"cos": cos[:, :, 0], "sin": sin[:, :, 0]},
         "cu_seqlens": torch.tensor([0, 5, tokens], dtype=torch.int32),
     }

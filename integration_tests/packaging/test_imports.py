@@ -14,7 +14,7 @@ PACKAGE = Path(barqtrain_hf.__file__).parent
 # Every part of the package, with the parts it may import. What is not listed imports none.
 MAY_IMPORT = {
     "__init__": {"callbacks", "config", "patching", "trainer"},
-    "benchmarks": {"__init__", "cli", "errors", "ops", "runtime"},
+    "benchmarks": {"__init__", "cli", "data", "errors", "ops", "runtime"},
     "callbacks": {"config", "patching"},
     "cli": {"__init__", "config", "data", "errors", "ops", "patching", "runtime", "trainer"},
     "config": {"errors"},
@@ -32,7 +32,7 @@ ONLY_IN = {
     "transformers": {"benchmarks", "callbacks", "cli", "config", "patching", "trainer"},
     "peft": {"benchmarks", "patching", "cli"},
     "trl": {"benchmarks"},
-    "datasets": set(),
+    "datasets": {"benchmarks"},
     "deepspeed": {"patching"},
 }
 
