@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 Overflow = Literal["error", "split", "truncate", "drop"]
 
-# Enough to hide the cost of a read, few enough that their int64 copy stays small beside the store.
-_ROWS_PER_READ = 10_000
+# Enough to hide the cost of a read, few enough that their int64 copies stay in cache.
+_ROWS_PER_READ = 1000
 
 
 class SizedRows(Protocol):
@@ -239,14 +239,17 @@ def _read_tokens(dataset: Any) -> Tokens:
         ) from None
     if not num_rows:
         raise DataError("dataset is empty: pass at least one document.")
+    # Rows made by a transform exist only when they are asked for one by one.
+    by_column = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"
+    arrow = dataset.with_format("arrow") if by_column else None
     chunks = []
     for first in range(0, num_rows, _ROWS_PER_READ):
         indices = range(first, min(first + _ROWS_PER_READ, num_rows))
-        # Rows made by a transform exist only when they are asked for one by one.
-        if hasattr(dataset, "with_format") and dataset.format["type"] != "custom":
-            chunk = _read_columns(dataset, indices)
-        else:
-            chunk = _read_rows(dataset, indices)
+        chunk = (
+            _read_rows(dataset, indices)
+            if arrow is None
+            else _read_columns(dataset, arrow, indices)
+        )
         chunks.append(stored(chunk, "dataset"))
     return Tokens(*map(np.concatenate, zip(*chunks, strict=True)))
 
@@ -255,9 +258,9 @@ def _read_rows(dataset: SizedRows, indices: range) -> Row:
     return join([read_row(dataset[index], "dataset", index) for index in indices])
 
 
-def _read_columns(dataset: Any, indices: range) -> Row:
+def _read_columns(dataset: Any, arrow: Any, indices: range) -> Row:
     """`_read_rows` for a ``datasets.Dataset``, by Arrow column and without Python lists."""
-    table = dataset.with_format("arrow")[indices.start : indices.stop]
+    table = arrow[indices.start : indices.stop]
     columns = {key: _flat_column(table[key]) for key in ROW_KEYS if key in table.column_names}
     if not columns.keys() >= {"input_ids", "labels"} or None in columns.values():
         return _read_rows(dataset, indices)  # which names the row at fault

@@ -100,23 +100,26 @@ def stored(row: Row, source: str) -> Tokens:
     Raises:
         DataError: an id is negative, a label is negative and not -100, or either exceeds int32.
     """
-    no_label = (row.labels < 0) & (row.labels != IGNORE_INDEX)
     return Tokens(
-        _int32(row.input_ids, "input_ids", row.input_ids < 0, source),
-        _int32(row.labels, "labels", no_label, source),
+        _int32(row.input_ids, "input_ids", None, source),
+        _int32(row.labels, "labels", IGNORE_INDEX, source),
         row.lengths,
     )
 
 
 def _int32(
-    values: npt.NDArray[np.integer], name: str, refused: npt.NDArray[np.bool_], source: str
+    values: npt.NDArray[np.integer], name: str, exempt: int | None, source: str
 ) -> npt.NDArray[np.int32]:
-    refused = refused | (values > np.iinfo(np.int32).max)
-    if refused.any():
-        raise DataError(
-            f"{source} has {values[refused][0]} among its {name}: ids are zero to 2**31 - 1, and "
-            f"a label without loss is {IGNORE_INDEX}."
-        )
+    # Two reductions in the usual case: every comparison would make an array as long as the data.
+    if values.min(initial=0) < 0 or values.max(initial=0) > np.iinfo(np.int32).max:
+        refused = (values < 0) | (values > np.iinfo(np.int32).max)
+        if exempt is not None:
+            refused &= values != exempt
+        if refused.any():
+            raise DataError(
+                f"{source} has {values[refused][0]} among its {name}: ids are zero to 2**31 - 1, and "
+                f"a label without loss is {IGNORE_INDEX}."
+            )
     return values.astype(np.int32)
 
 
