@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ import numpy.typing as npt
 from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.errors import ArgumentError, DataError
 
-CHAT_KEYS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
-"""What is read of a row besides its text column."""
+_TEXT_COLUMN = "text"
+_CHAT_KEYS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 
 
 class Example(NamedTuple):
@@ -47,18 +48,32 @@ def encode_examples(
 class Schema:
     """Reads rows that are all of the kind of the first one, as TRL's SFTTrainer does.
 
-    - text: a string, or a dict with ``text_column``; every token bears a loss.
-    - ``messages``: a chat; every token bears a loss.
     - ``prompt`` and ``completion``, both strings or both lists of messages: the completion bears a loss.
+    - ``messages``: a chat; every token bears a loss.
+    - text: a string, or a dict with ``text_column``; every token bears a loss.
 
-    Chats are rendered by ``tokenizer.apply_chat_template`` with the ``tools`` and
-    ``chat_template_kwargs`` of the row.
+    A row that is several of these is the first. Chats are rendered by ``tokenizer.apply_chat_template``
+    with the ``tools`` and ``chat_template_kwargs`` of the row.
+
+    Args:
+        tokenizer: the Hugging Face tokenizer.
+        text_column: the key of the text. None is ``"text"``; another name than that was asked for, so it
+            comes before all else.
+
+    Attributes:
+        columns: the keys of a row that are read.
+        wanted: what a row must have, for messages.
     """
 
-    def __init__(self, tokenizer: Any, text_column: str) -> None:
+    def __init__(self, tokenizer: Any, text_column: str | None = None) -> None:
         self._tokenizer = tokenizer
-        self._text_column = text_column
+        self._text_column = text_column or _TEXT_COLUMN
+        self._text_only = self._text_column != _TEXT_COLUMN
         self._kind: str | None = None
+        self.columns = (self._text_column, *(() if self._text_only else _CHAT_KEYS))
+        self.wanted = repr(self._text_column) + (
+            "" if self._text_only else ", no messages and no prompt with completion"
+        )
 
     @property
     def is_chat(self) -> bool:
@@ -94,23 +109,29 @@ class Schema:
     def _kind_of(self, row: Any, index: int) -> str:
         if not isinstance(row, Mapping):
             return "text"
+        if self._text_only and self._text_column in row:
+            return "text"
         # A datasets.Dataset fills missing keys with None.
-        there = {key for key, value in row.items() if value is not None}
-        if "messages" in there:
-            return "messages"
+        there = {key for key in self.columns if row.get(key) is not None}
         if {"prompt", "completion"} <= there:
-            kinds = {type(row["prompt"]) is str, type(row["completion"]) is str}
-            if len(kinds) == 2:
+            texts = {_is_text(row, key, index) for key in ("prompt", "completion")}
+            if len(texts) == 2:
                 raise DataError(
                     f"dataset[{index}] has a prompt and a completion of which one is text and the other "
                     "a chat: make both text, or both lists of messages."
                 )
-            return "prompt and completion" + ("" if kinds == {True} else " messages")
+            return "prompt and completion" + ("" if texts == {True} else " messages")
+        if "messages" in there:
+            if _is_text(row, "messages", index):
+                raise DataError(
+                    f"dataset[{index}]['messages'] is text: pass a list of messages, or "
+                    "text_column='messages'."
+                )
+            return "messages"
         if self._text_column in row:
             return "text"
         raise DataError(
-            f"dataset[{index}] has no {self._text_column!r}, no messages and no prompt with completion, "
-            f"only {', '.join(map(str, row))}: pass text_column."
+            f"dataset[{index}] has no {self.wanted}, only {', '.join(map(str, row))}: pass text_column."
         )
 
     def _render(
@@ -122,9 +143,22 @@ class Schema:
             )
         tools = row.get("tools")
         return self._tokenizer.apply_chat_template(
-            messages,
+            list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             tools=json.loads(tools) if isinstance(tools, str) else tools,
             **(row.get("chat_template_kwargs") or {}),
         )
+
+
+def _is_text(row: Mapping[str, Any], key: str, index: int) -> bool:
+    """Whether it is text rather than a list of messages; numpy has types of its own for both."""
+    value = row[key]
+    if isinstance(value, str):
+        return True
+    if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (bytes, bytearray)):
+        return False
+    raise DataError(
+        f"dataset[{index}][{key!r}] is {reprlib.repr(value)} ({type(value).__name__}): pass "
+        f"{'' if key == 'messages' else 'text or '}a list of messages."
+    )

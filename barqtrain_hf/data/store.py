@@ -6,26 +6,29 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from barqtrain_hf import _rust
-from barqtrain_hf.data.examples import CHAT_KEYS, Example, Schema, encode_examples
+from barqtrain_hf.data.examples import Example, Schema, encode_examples
 from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError
 
 logger = logging.getLogger(__name__)
 
 # Goes into every key: another one where the meaning of a store's tokens changes.
-_VERSION = 1
+_VERSION = 2
 # Enough texts at once that threads rarely wait for the last chunk, few enough to hold in memory.
 _BYTES_PER_CALL = 16 << 20
 _ROWS_PER_READ = 64
 _SECONDS_BETWEEN_LOOKS = 0.05
+_TRIES = 20
+# The header, as rust/core/src/store.rs describes it.
+_HEADER, _MAGIC, _KEY, _CHECKSUM = 64, b"BARQTOK", slice(8, 40), slice(56, 64)
 
 
 class TokenStore:
@@ -44,7 +47,8 @@ class TokenStore:
     Raises:
         FileNotFoundError: there is no such file.
         StorageError: the file cannot be read.
-        DataError: it is damaged, or was made from something else.
+        DataError: it is no token store, is damaged, or was made from something else. Unpickled: it is
+            not the file that it was.
     """
 
     labels: None = None
@@ -52,28 +56,85 @@ class TokenStore:
     def __init__(self, path: str | os.PathLike[str], key: bytes | None = None) -> None:
         self.path = Path(path).absolute()
         try:
-            documents, tokens, tokens_at, offsets_at = _rust.verify_store(self.path, key)
+            if not any(self._open(key) for _ in range(_TRIES)):
+                raise DataError(
+                    f"{self.path} was another file each of {_TRIES} times that it was read: pass every "
+                    "process that builds a store a path of its own, on a disk with stable inodes."
+                )
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise StorageError(str(error)) from None
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        self.input_ids = self._map("<i4", tokens_at, tokens)
-        self.lengths: npt.NDArray[np.int64] = np.diff(
-            self._map("<u8", offsets_at, documents + 1)
-        ).astype(np.int64)
+            # The message of an error from Rust is complete.
+            reason = (
+                error.args[0]
+                if error.errno is None
+                else (
+                    f"reading {self.path} failed: {error.strerror}. Pass a file that you may read."
+                )
+            )
+            raise StorageError(str(reason)) from None
 
-    def _map(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
-        if not count:
-            return np.empty(0, dtype)  # nothing cannot be mapped
-        return np.memmap(self.path, dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
+    def _open(self, key: bytes | None) -> bool:
+        """Checks the file and maps it; False if the name was given to another file meanwhile."""
+        with open(self.path, "rb") as file:
+            header = file.read(_HEADER)
+            if not header.startswith(_MAGIC[: len(header)]):
+                raise _NotAStoreError(
+                    f"{self.path} is no token store, it begins with {header[:16]!r}: pass another path. "
+                    "Delete it only if you do not need it."
+                )
+            self._key, self._checksum = header[_KEY], header[_CHECKSUM]
+            if key is not None and len(header) == _HEADER and self._key != key:
+                raise _OtherKeyError(
+                    f"{self.path} was made from other data, by another tokenizer or with other "
+                    "settings: delete it, or choose another path."
+                )
+            try:
+                documents, tokens, *places = _rust.verify_store(self.path, None)
+            except ValueError as error:
+                raise DataError(str(error)) from None
+            # That was by name. A name is given away by a rename; this file keeps its inode while open.
+            if _identity(os.stat(self.path)) != _identity(os.fstat(file.fileno())):
+                return False
+            self.input_ids = _map(file, "<i4", places[0], tokens)
+            offsets = _map(file, "<u8", places[1], documents + 1)
+        self.lengths: npt.NDArray[np.int64] = np.diff(offsets).astype(np.int64)
+        return True
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
-        return type(self), (self.path,)  # a worker maps the file itself
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker maps the file itself; by then the name may be another file's.
+        return _unpickle, (type(self), self.path, self._key, self._checksum)
+
+
+class _NotAStoreError(DataError):
+    """A file of the user's, which is never to be replaced."""
+
+
+class _OtherKeyError(DataError):
+    """A store of something else."""
+
+
+def _unpickle(cls: type[TokenStore], path: Path, key: bytes, checksum: bytes) -> TokenStore:
+    store = cls(path, key)
+    if store._checksum != checksum:
+        raise DataError(
+            f"{path} has other tokens than when this TokenStore was pickled: call tokenize again and "
+            "pickle what it returns."
+        )
+    return store
+
+
+def _map(file: BinaryIO, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
+    if not count:
+        return np.empty(0, dtype)  # nothing cannot be mapped
+    return np.memmap(file, dtype, mode="r", offset=offset, shape=(count,)).view(np.ndarray)
+
+
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def tokenize(
@@ -81,7 +142,7 @@ def tokenize(
     tokenizer: Any,
     path: str | os.PathLike[str],
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     add_special_tokens: bool = True,
     append_eos: bool = True,
 ) -> TokenStore:
@@ -93,45 +154,38 @@ def tokenize(
     run builds it again.
 
     Args:
-        dataset: a sequence of strings or of dicts; a ``datasets.Dataset``. Dicts have ``messages``, or
-            ``prompt`` and ``completion`` (both text or both messages), or else ``text_column``. Chats are
+        dataset: a sequence of strings or of dicts; a ``datasets.Dataset``. Dicts have ``prompt`` and
+            ``completion`` (both text or both messages), or else ``messages``, or else a text. Chats are
             rendered by the tokenizer's chat template, and nothing is added to them.
         tokenizer: a fast tokenizer; truncation and padding are off.
-        path: the file. Its folder is made if there is none.
-        text_column: where rows are dicts, the key of the text.
+        path: the file. Its folder is made if there is none. A store of other texts, another tokenizer
+            or other settings is replaced; a file that is no store never is.
+        text_column: where rows are dicts, the key of the text. None is ``"text"``, if rows have nothing
+            else; what has another name is taken even where rows have ``messages`` or a ``prompt``.
         add_special_tokens: as in ``tokenizer(text, add_special_tokens=...)``.
         append_eos: whether ``eos_token`` goes after every text that does not end with it, as in TRL.
 
     Raises:
         UnsupportedError: the tokenizer has no fast version.
-        DataError: there is no text, some row has none, or rows are of different kinds.
+        DataError: there is no text, some row has none, or rows are of different kinds. Or there is a
+            file at ``path`` that is no token store.
         ArgumentError: there are chats and no chat template, or no ``eos_token`` to append.
-        ArgumentTypeError: ``dataset`` has no length.
+        ArgumentTypeError: ``dataset`` has no length, is one string or path, or has several splits.
         StorageError: the file cannot be written, such as on a full disk; nothing is left behind.
     """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ArgumentTypeError(
-            f"dataset is a {type(dataset).__name__}, which has no length: pass a list or a map-style "
-            "data set."
-        )
-    if not len(dataset):
-        raise DataError("dataset is empty: pass at least one text.")
+    _check(dataset)
     fast = FastTokenizer(tokenizer, add_special_tokens=add_special_tokens, append_eos=append_eos)
     path = Path(path).absolute()
     key = _key(dataset, text_column, fast)
-    store = _find(path, key)
+    store, seen = _find(path, key, None)
     while store is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            writer = _rust.StoreWriter.claim(path, key)
-        except OSError as error:
-            raise StorageError(str(error)) from None
+        writer = _claim(path, key)
         if writer is None:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            store = _find(path, key)
+            store, seen = _find(path, key, seen)
             continue
         try:
-            store = _find(path, key)  # its last writer may have finished since
+            store, seen = _find(path, key, seen)  # its last writer may have finished since
             if store is None:
                 _write(writer, dataset, text_column, fast)
                 store = TokenStore(path, key)
@@ -140,18 +194,83 @@ def tokenize(
     return store
 
 
-def _find(path: Path, key: bytes) -> TokenStore | None:
+def _check(dataset: Any) -> None:
+    kind = type(dataset).__name__
+    # Both have a length and items: characters, and the names of splits.
+    if isinstance(dataset, (str, bytes, bytearray, os.PathLike)):
+        raise ArgumentTypeError(
+            f"dataset is a {kind}: pass a list of texts, or read a file with "
+            'datasets.load_dataset("text", data_files=..., split="train").'
+        )
+    if isinstance(dataset, Mapping):
+        names = [repr(name) for name in dataset]
+        raise ArgumentTypeError(
+            f"dataset is a {kind} of {', '.join(names) or 'nothing'}: choose a split, such as "
+            f"dataset[{names[0] if names else repr('train')}], or pass a list of rows."
+        )
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ArgumentTypeError(
+            f"dataset is a {kind}, which has no length: pass a list or a map-style data set."
+        )
+    if not len(dataset):
+        raise DataError("dataset is empty: pass at least one text.")
+
+
+def _find(
+    path: Path, key: bytes, seen: tuple[int, ...] | None
+) -> tuple[TokenStore | None, tuple[int, ...] | None]:
+    """The store, if it is there, and which file was looked at; one that was ``seen`` is not read again."""
     try:
-        return TokenStore(path, key)
-    except FileNotFoundError:
-        return None
+        found = _identity(os.stat(path))
+        if found == seen:
+            return None, seen
+        return TokenStore(path, key), found
+    except (FileNotFoundError, NotADirectoryError):
+        return None, None  # if the folder cannot be made, that is said then
+    except OSError as error:
+        raise StorageError(
+            f"reading {path} failed: {error.strerror}. Choose a folder that you may read and write."
+        ) from None
+    except _NotAStoreError:
+        raise
+    except _OtherKeyError:
+        logger.warning(
+            "%s was made from other data, by another tokenizer or with other settings: it is being "
+            "replaced.",
+            path,
+        )
     except DataError as error:
-        logger.warning("%s Building it again.", error)
-        return None
+        logger.warning("It is being replaced: %s", error)
+    return None, found
+
+
+def _claim(path: Path, key: bytes) -> _rust.StoreWriter | None:
+    """Begins to write the store; None while another process does."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        begin = _begin(partial)
+        # What a killed builder left is emptied. It begins with zeros, for the header comes last.
+        if begin.strip(b"\0") and begin != _MAGIC:
+            raise _NotAStoreError(
+                f"{partial} is in the way of {path}, and it is not ours, it begins with {begin!r}: "
+                "pass another path, or move that file."
+            )
+        return _rust.StoreWriter.claim(path, key)
+    except OSError as error:
+        raise StorageError(str(error)) from None
+
+
+def _begin(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC))
+    except FileNotFoundError:
+        return b""
 
 
 def _write(
-    writer: _rust.StoreWriter, dataset: Any, text_column: str, tokenizer: FastTokenizer
+    writer: _rust.StoreWriter, dataset: Any, text_column: str | None, tokenizer: FastTokenizer
 ) -> None:
     started, tokens, done = time.perf_counter(), 0, 0
     try:
@@ -168,51 +287,78 @@ def _write(
     )
 
 
-def _batches(dataset: Any, text_column: str, tokenizer: FastTokenizer) -> Iterator[list[Example]]:
+def _batches(
+    dataset: Any, text_column: str | None, tokenizer: FastTokenizer
+) -> Iterator[list[Example]]:
     """All examples, about `_BYTES_PER_CALL` at a time."""
     schema = Schema(tokenizer.tokenizer, text_column)
     examples: list[Example] = []
-    size = 0
+    size = done = 0
     for first in range(0, len(dataset), _ROWS_PER_READ):
-        for index, row in enumerate(_rows(dataset, text_column, first), first):
-            example = schema.read(row, index)
+        for row in _rows(dataset, schema, first):
+            example = schema.read(row, done)
             examples.append(example)
             size += example.size
+            done += 1
         if size >= _BYTES_PER_CALL:
             yield examples
             examples, size = [], 0
+    # A store that looks whole but is not would be taken from now on.
+    if done != len(dataset):
+        raise DataError(
+            f"dataset gave {done} rows and its length is {len(dataset)}: __len__ and __getitem__ must "
+            "agree, and nothing may change it meanwhile."
+        )
     if examples:
         yield examples
 
 
-def _rows(dataset: Any, text_column: str, first: int) -> Iterable[Any]:
+def _rows(dataset: Any, schema: Schema, first: int) -> Iterator[Any]:
     last = min(first + _ROWS_PER_READ, len(dataset))
     if not hasattr(dataset, "column_names"):
-        return map(dataset.__getitem__, range(first, last))
-    names = [name for name in (text_column, *CHAT_KEYS) if name in dataset.column_names]
+        for index in range(first, last):
+            yield _item(dataset, index)
+        return
+    names = [name for name in schema.columns if name in dataset.column_names]
     if not names:
         raise DataError(
-            f"dataset has no column {text_column!r}, no messages and no prompt with completion, only "
-            f"{', '.join(dataset.column_names)}: pass text_column."
+            f"dataset has no column {schema.wanted}, only {', '.join(dataset.column_names)}: pass "
+            "text_column."
         )
-    columns = dataset[first:last]  # one read, however many columns
-    values = zip(*(columns[name] for name in names), strict=True)
-    return (dict(zip(names, row, strict=True)) for row in values)
+    columns = _item(dataset, slice(first, last))  # one read, however many columns
+    for values in zip(*(columns[name] for name in names), strict=True):
+        yield dict(zip(names, values, strict=True))
 
 
-def _key(dataset: Any, text_column: str, tokenizer: FastTokenizer) -> bytes:
+def _item(dataset: Any, at: int | slice) -> Any:
+    try:
+        return dataset[at]
+    except StopIteration as error:
+        # Whatever iterates over rows would take it for their end.
+        raise DataError(
+            f"dataset[{at}] raises StopIteration: raise another error there, or return a row."
+        ) from error
+
+
+def _key(dataset: Any, text_column: str | None, tokenizer: FastTokenizer) -> bytes:
     """Digest of everything that the tokens depend on."""
     digest = hashlib.blake2b(f"{_VERSION} {tokenizer.identity}".encode(), digest_size=32)
+
+    def add(part: Any) -> None:
+        # None and 3 are not the texts "None" and "3".
+        data = (part if isinstance(part, str) else repr(part)).encode("utf-8", "surrogatepass")
+        digest.update(b"s" if isinstance(part, str) else b"n" if part is None else b"o")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+
     # A datasets.Dataset knows a digest of its own contents; that of other data is made here.
     fingerprint = getattr(dataset, "_fingerprint", None)
     if fingerprint is not None:
-        digest.update(f"{fingerprint} {text_column}".encode())
+        add(fingerprint)
+        add(text_column or "text")
         return digest.digest()
     for examples in _batches(dataset, text_column, tokenizer):
         for text, prompt, rendered in examples:
             for part in (text, prompt, rendered):
-                encoded = f"{part!r}" if not isinstance(part, str) else part
-                data = encoded.encode("utf-8", "surrogatepass")
-                digest.update(len(data).to_bytes(8, "little"))
-                digest.update(data)
+                add(part)
     return digest.digest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,20 +66,40 @@ class FastTokenizer:
                 )
         self.tokenizer = tokenizer
         self._add_special_tokens = add_special_tokens
-        split = bool(getattr(tokenizer, "split_special_tokens", False))
-        json = backend.to_str()
+        self._split = bool(getattr(tokenizer, "split_special_tokens", False))
+        self._json = _plain(backend.to_str())
+        self._of_parents: list[_rust.TextTokenizer] = []
         try:
-            self._rust = _rust.TextTokenizer(json, split, num_threads())
+            self._make()
         except ValueError as error:
             raise UnsupportedError(
                 str(error), "Tokenise with datasets.map and pass the input_ids."
             ) from None
         template = getattr(tokenizer, "chat_template", None)
-        self.identity = f"{split} {add_special_tokens} {self._eos} {template} {json}"
+        # Templates write bos_token and others by name.
+        named = None if template is None else getattr(tokenizer, "special_tokens_map", None)
+        named = sorted((named or {}).items())
+        settings = (self._split, add_special_tokens, self._eos, template, named)
+        self.identity = f"{settings!r} {self._json}"
         self._probe(tokenizer)
 
+    def _make(self) -> None:
+        self._rust = _rust.TextTokenizer(self._json, self._split, num_threads())
+        self._pid = os.getpid()
+
+    def _ours(self) -> _rust.TextTokenizer:
+        """The tokenizer of this process.
+
+        A fork copies the parent's as it is at that moment: if a thread was using it, locked for ever.
+        """
+        if self._pid != os.getpid():
+            # Not freed: that thread, which is gone, may have left it half changed.
+            self._of_parents.append(self._rust)
+            self._make()
+        return self._rust
+
     def _probe(self, tokenizer: Any) -> None:
-        tokens, lengths = self._rust.encode(_PROBES, None, self._add_special_tokens, None)
+        tokens, lengths = self._ours().encode(_PROBES, None, self._add_special_tokens, None)
         ours = np.split(tokens, np.cumsum(lengths)[:-1])
         for text, ids in zip(_PROBES, ours, strict=True):
             # verbose: a probe may be longer than the model's context, which is no reason to warn.
@@ -121,9 +143,16 @@ class FastTokenizer:
         special = self._add_special_tokens and not rendered
         eos = None if rendered else self._eos
         try:
-            return self._rust.encode(texts, prompts, special, eos)
+            return self._ours().encode(texts, prompts, special, eos)
         except ValueError as error:
             raise DataError(f"{source}[{first}:{first + len(texts)}]: {error}") from None
+
+
+def _plain(serialized: str) -> str:
+    """A tokenizer's JSON without truncation and padding, which every call of it sets anew."""
+    content = json.loads(serialized)
+    content.update(truncation=None, padding=None)
+    return json.dumps(content, ensure_ascii=False)
 
 
 def _check(strings: Sequence[str], source: str, first: int) -> None:

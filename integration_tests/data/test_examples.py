@@ -41,6 +41,11 @@ ROWS = {
     "prompt and completion messages": [
         {"prompt": chat(number)[:1], "completion": chat(number)[1:]} for number in range(9)
     ],
+    # TRL takes the prompt first, too.
+    "messages beside prompt and completion": [
+        {"messages": chat(number), "prompt": chat(number)[:1], "completion": chat(number)[1:]}
+        for number in range(9)
+    ],
 }
 TOOLS = {
     "messages": chat(1),
@@ -49,9 +54,9 @@ TOOLS = {
 }
 
 
-def ours(rows, tokenizer, tmp_path):
+def ours(rows, tokenizer, tmp_path, **options):
     """(ids, labels) of each row; the first label is left out, which packing masks in any case."""
-    store = tokenize(rows, tokenizer, tmp_path / "tokens")
+    store = tokenize(rows, tokenizer, tmp_path / "tokens", **options)
     ids = store.input_ids & np.iinfo(np.int32).max
     labels = np.where(store.input_ids < 0, -100, ids)
     cuts = np.cumsum(store.lengths)[:-1]
@@ -96,6 +101,30 @@ def test_tokens_and_loss_are_those_of_trl(kind, tokenizer, tmp_path):
     assert found == trls(ROWS[kind], tokenizer, tmp_path)
     masked = [labels.count(-100) for _, labels in found]
     assert any(masked) == ("completion" in kind)
+
+
+def test_a_text_column_that_was_asked_for_comes_first(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"body": text, "text": "no", "messages": chat(1), "prompt": "p", "completion": "c"}
+        for text in TEXTS[:3]
+    ]
+    expected = ours([{"text": text} for text in TEXTS[:3]], tokenizer, tmp_path)
+    for dataset in (rows, datasets.Dataset.from_list(rows)):
+        assert ours(dataset, tokenizer, tmp_path, text_column="body") == expected
+    with pytest.raises(DataError, match=r"dataset\[0\] has no 'bodies', only body, text, mess"):
+        ours(rows, tokenizer, tmp_path, text_column="bodies")
+    # Its default name was not asked for.
+    for column in (None, "text"):
+        assert ours(rows, tokenizer, tmp_path, text_column=column) == ours(
+            [{"prompt": "p", "completion": "c"}] * 3, tokenizer, tmp_path
+        )
+
+
+def test_strings_of_numpy_are_text(tokenizer, tmp_path):
+    rows = [{"prompt": "a qui", "completion": "ck b"}]
+    of_numpy = [{key: np.str_(value) for key, value in row.items()} for row in rows]
+    assert ours(of_numpy, tokenizer, tmp_path / "n") == ours(rows, tokenizer, tmp_path / "s")
 
 
 def test_prompts_bear_no_loss(tokenizer, tmp_path):
@@ -159,6 +188,15 @@ def test_long_chats_are_refused_and_long_texts_split(tokenizer):
             r"dataset\[0\] has no 'text', no messages and no prompt with completion",
         ),
         ([{"prompt": "a", "completion": "b"}, {"text": "c"}], "must be alike"),
+        (
+            [{"prompt": 1, "completion": 2}],
+            r"dataset\[0\]\['prompt'\] is 1 \(int\): pass text or a list of messages",
+        ),
+        ([{"messages": "hi"}], r"dataset\[0\]\['messages'\] is text: pass a list of messages"),
+        (
+            [{"messages": {"role": ["user"]}}],
+            r"dataset\[0\]\['messages'\] is {'role': \['user'\]} \(dict\): pass a list of",
+        ),
         ([{"text": None}], r"dataset\[0\] is None"),
     ],
 )

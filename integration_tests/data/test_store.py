@@ -6,12 +6,15 @@ import os
 import pickle
 import resource
 import signal
+import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from small_tokenizers import TEXTS, small_tokenizer
 
+from barqtrain_hf import _rust
 from barqtrain_hf.data import BarqDataCollator, FastTokenizer, PackedDataset, TokenStore, tokenize
 from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError, UnsupportedError
 
@@ -74,26 +77,123 @@ def test_a_second_run_reads_what_the_first_wrote(tmp_path, tokenizer, caplog, mo
         with caplog.at_level(logging.WARNING, logger="barqtrain_hf.data.store"):
             caplog.clear()
             store = tokenize(texts, tokenizer, path, **options)
-        assert "was made from other data, by another tokenizer" in caplog.text
+        (message,) = caplog.messages
+        assert "was made from other data, by another tokenizer" in message
+        assert message.endswith("it is being replaced.") and "delete" not in message
         assert documents(store) != first
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "noise"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
 def test_a_damaged_store_is_built_again(tmp_path, tokenizer, caplog, damage):
     path = tmp_path / "tokens"
     first = documents(tokenize(TEXTS, tokenizer, path))
     good = path.read_bytes()
     flipped = bytes([*good[:100], good[100] ^ 1, *good[101:]])
     path.unlink()  # a mapped file must not change under its readers
-    path.write_bytes(
-        {"flip": flipped, "cut": good[:-8], "empty": b"", "noise": os.urandom(500)}[damage]
-    )
+    path.write_bytes({"flip": flipped, "cut": good[:-8], "empty": b""}[damage])
     with pytest.raises(DataError, match=r"is damaged: .* Delete it and build it again"):
         TokenStore(path)
     with caplog.at_level(logging.WARNING, logger="barqtrain_hf.data.store"):
         assert documents(tokenize(TEXTS, tokenizer, path)) == first
     assert "is damaged" in caplog.text
     assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"text": "precious"}\n' * 99, b"x", bytes(64)], ids=["lines", "byte", "zeros"]
+)
+def test_a_file_that_is_no_store_is_never_replaced(tmp_path, tokenizer, content):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    for read in (lambda: tokenize(TEXTS, tokenizer, path), lambda: TokenStore(path)):
+        with pytest.raises(
+            DataError, match=r"train.jsonl is no token store, it begins with b.*another path"
+        ):
+            read()
+    assert path.read_bytes() == content and os.listdir(tmp_path) == ["train.jsonl"]
+
+
+def test_nor_is_a_file_by_the_name_of_the_unfinished_one(tmp_path, tokenizer):
+    partial = tmp_path / "tokens.partial"
+    partial.write_text("precious")
+    with pytest.raises(
+        DataError, match=r"tokens.partial is in the way of .*begins with b'preciou'"
+    ):
+        tokenize(TEXTS, tokenizer, tmp_path / "tokens")
+    assert partial.read_text() == "precious"
+    partial.write_bytes(bytes(99) + b"left by a killed builder")
+    tokenize(TEXTS, tokenizer, tmp_path / "tokens")
+    assert os.listdir(tmp_path) == ["tokens"]
+
+
+def test_one_kind_of_value_is_not_taken_for_another(tmp_path, tokenizer):
+    path = tmp_path / "tokens"
+    tokenize([{"text": "Nonefoo"}], tokenizer, path)
+    rows = [{"prompt": "None", "completion": "foo"}]
+    store = tokenize(rows, tokenizer, path)
+    assert (store.input_ids < 0).any(), "the prompt bears no loss"
+    tokenize(["[3]", "3"], tokenizer, path)
+    for bad in (["[3]", 3], [[3], "3"]):
+        with pytest.raises(DataError, match=r"instead of text"):
+            tokenize(bad, tokenizer, path)
+
+
+def test_a_template_that_writes_other_special_tokens_is_another_store(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ pad_token }}{% endfor %}"
+    rows = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": "a b"}]}])
+    FastTokenizer(tokenizer)  # whatever using it changes is changed now
+    ends = []
+    for pad in ("<s>", "</s>"):
+        tokenizer.pad_token = pad
+        ends.append(tokenizer.decode(tokenize(rows, tokenizer, tmp_path / "tokens").input_ids[-1:]))
+    assert ends == ["<s>", "</s>"]
+
+
+def test_a_store_replaced_while_it_is_opened_is_read_again(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "tokens"
+    tokenize(TEXTS, tokenizer, path)
+    other = tokenize(["something else"] * 80, tokenizer, tmp_path / "other")
+    expected, verify = documents(other), _rust.verify_store
+
+    def slow(*arguments):
+        found = verify(*arguments)
+        if other.path.exists():
+            other.path.rename(path)
+        return found
+
+    monkeypatch.setattr(_rust, "verify_store", slow)
+    assert documents(TokenStore(path)) == expected
+
+    def always(*arguments):
+        found = verify(*arguments)
+        path.with_suffix(".new").write_bytes(path.read_bytes())
+        path.with_suffix(".new").rename(path)
+        return found
+
+    monkeypatch.setattr(_rust, "verify_store", always)
+    with pytest.raises(DataError, match="was another file each of 20 times that it was read"):
+        TokenStore(path)
+
+
+def test_waiting_for_another_builder_is_quiet(tmp_path, tokenizer, caplog, monkeypatch):
+    path = tmp_path / "tokens"
+    tokenize(TEXTS, tokenizer, path)
+    good = path.read_bytes()
+    path.unlink()
+    path.write_bytes(bytes([*good[:100], good[100] ^ 1, *good[101:]]))
+    reads, verify = [], _rust.verify_store
+    monkeypatch.setattr(_rust, "verify_store", lambda *a: (reads.append(a), verify(*a))[1])
+    other = _rust.StoreWriter.claim(path, bytes(32))
+    timer = threading.Timer(0.5, other.abandon)
+    timer.start()
+    with caplog.at_level(logging.WARNING, logger="barqtrain_hf.data.store"):
+        store = tokenize(TEXTS, tokenizer, path)
+    timer.join()
+    assert documents(store) == expected(tokenizer, TEXTS)
+    assert len(caplog.messages) == 1 and "is damaged" in caplog.text
+    assert len(reads) == 2, "the damaged file and the new one"
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, tokenizer):
@@ -187,9 +287,23 @@ def test_packed_rows_come_from_the_file(tmp_path, tokenizer):
     assert documents(pickle.loads(dumped)) == documents(store)
 
 
-def test_a_token_may_bear_no_loss(tmp_path):
-    from barqtrain_hf import _rust
+@pytest.mark.parametrize("key", ["other", "same"])
+def test_a_pickled_store_is_not_another_file_of_its_name(tmp_path, tokenizer, key):
+    path = tmp_path / "tokens"
+    first = tokenize(TEXTS, tokenizer, path)
+    dumped = pickle.dumps(first)
+    if key == "other":
+        tokenize(TEXTS[:2], tokenizer, path)
+    else:  # as after an update of the tokenizers package
+        writer = _rust.StoreWriter.claim(path, path.read_bytes()[8:40])
+        writer.push(np.zeros(3, np.int32), np.array([3]))
+        writer.finish()
+    message = {"other": "was made from other data", "same": "has other tokens than when"}[key]
+    with pytest.raises(DataError, match=message):
+        pickle.loads(dumped)
 
+
+def test_a_token_may_bear_no_loss(tmp_path):
     ids = np.array([7, 8 | -(2**31), 9, 5, 6], np.int32)
     writer = _rust.StoreWriter.claim(tmp_path / "tokens", bytes(32))
     writer.push(ids, np.array([3, 2]))
@@ -206,9 +320,38 @@ def test_a_token_may_bear_no_loss(tmp_path):
     assert documents == {((7, -100), (8, -100), (9, 9)), ((5, -100), (6, 6))}
 
 
+class _Stops(list):
+    def __getitem__(self, index):
+        if index == 30:
+            raise StopIteration
+        return super().__getitem__(index)
+
+
+class _Short:
+    """Columns that end before the length says."""
+
+    column_names = ("text",)
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, part):
+        return {"text": ["a"] * len(range(part.start, min(part.stop, 90)))}
+
+
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
+        ("corpus.txt", ArgumentTypeError, r"dataset is a str: .*load_dataset\(\"text\", data_f"),
+        (b"corpus", ArgumentTypeError, "dataset is a bytes: pass a list of texts"),
+        (Path("corpus.txt"), ArgumentTypeError, r"dataset is a \w+Path: pass a list of texts"),
+        (
+            {"train": ["a"], "test": ["b"]},
+            ArgumentTypeError,
+            r"dataset is a dict of 'train', 'test': choose a split, such as dataset\['train'\]",
+        ),
+        (_Stops(["a"] * 100), DataError, r"dataset\[30\] raises StopIteration: raise another"),
+        (_Short(), DataError, "dataset gave 90 rows and its length is 100"),
         ([], DataError, "dataset is empty: pass at least one text"),
         (
             (text for text in TEXTS),

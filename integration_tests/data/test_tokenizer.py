@@ -1,7 +1,10 @@
 """FastTokenizer: the very tokens of the tokenizer it was made from."""
 
 import functools
+import multiprocessing
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from small_tokenizers import KINDS, TEXTS, small_tokenizer
 
 from barqtrain_hf.data import FastTokenizer
+from barqtrain_hf.data.packing import num_threads
 from barqtrain_hf.errors import ArgumentError, DataError, UnsupportedError
 
 tokenizer_of = functools.cache(small_tokenizer)
@@ -100,6 +104,61 @@ def test_python_threads_may_share_one():
     for thread in threads:
         thread.join()
     assert found == [expected] * 4
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_of_its_parent():
+    fast, context = fast_of("byte_level", True), multiprocessing.get_context("fork")
+    (expected,), results, done = documents(fast, ["one two"]), context.Queue(), threading.Event()
+    large = ["hello world foo bar " * 20_000] * 8
+
+    def work():
+        while not done.is_set():
+            fast.encode(large)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.3)  # now it is in Rust and holds the lock
+    child = context.Process(target=lambda: results.put(documents(fast, ["one two"])))
+    child.start()
+    done.set()
+    try:
+        assert results.get(timeout=30) == [expected]
+    finally:
+        child.kill()
+        child.join()
+        thread.join()
+
+
+def test_identity_is_not_changed_by_use():
+    tokenizer = small_tokenizer()
+    plain = FastTokenizer(tokenizer).identity
+    tokenizer.backend_tokenizer.enable_truncation(16)
+    tokenizer.backend_tokenizer.enable_padding(length=16)
+    assert FastTokenizer(tokenizer).identity == plain  # making one switches both off
+    assert FastTokenizer(tokenizer).identity == plain
+
+
+def test_identity_has_the_special_tokens_that_a_template_may_write():
+    tokenizer = small_tokenizer()
+    before = FastTokenizer(tokenizer).identity
+    tokenizer.pad_token = "</s>"
+    assert FastTokenizer(tokenizer).identity == before, "there is no template"
+    tokenizer.chat_template = "{{ pad_token }}"
+    before = FastTokenizer(tokenizer).identity
+    tokenizer.pad_token = "<s>"
+    assert FastTokenizer(tokenizer).identity != before
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "threads"),
+    [(8, None, 8), (64, None, 16), (64, "8", 8), (4, "8", 1), (8, "", 8), (8, "0", 8), (8, "?", 8)],
+)
+def test_ranks_of_one_machine_share_its_cpus(monkeypatch, cpus, ranks, threads):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert num_threads() == threads
 
 
 class _Slow:

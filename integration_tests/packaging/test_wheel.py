@@ -82,6 +82,9 @@ def test_sdist_can_be_built_from(tmp_path: Path) -> None:
         "barqtrain_hf/_cuda/rms_norm.cu",
         "barqtrain_hf/_cuda/vector.cuh",
         "rust/core/src/lib.rs",
+        "rust/text/src/lib.rs",
+        "rust/text/Cargo.toml",
+        "rust/text/Cargo.lock",
         "rust/py/Cargo.toml",
         "rust/py/Cargo.lock",
     ):
@@ -89,7 +92,13 @@ def test_sdist_can_be_built_from(tmp_path: Path) -> None:
 
 
 def test_one_version_everywhere() -> None:
-    for file in ("pyproject.toml", "rust/core/Cargo.toml", "rust/py/Cargo.toml"):
-        text = (REPOSITORY / file).read_text(encoding="utf-8")
+    crates = sorted(path.parent for path in (REPOSITORY / "rust").glob("*/Cargo.toml"))
+    assert [crate.name for crate in crates] == ["core", "py", "text"]
+    for file in (REPOSITORY / "pyproject.toml", *(crate / "Cargo.toml" for crate in crates)):
+        text = file.read_text(encoding="utf-8")
         found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
         assert found is not None and found[1] == barqtrain_hf.__version__, file
+    for crate in crates:
+        locked = (crate / "Cargo.lock").read_text(encoding="utf-8")
+        versions = re.findall(r'^name = "barqtrain.*"\nversion = "(.+)"$', locked, re.MULTILINE)
+        assert set(versions) == {barqtrain_hf.__version__}, crate
