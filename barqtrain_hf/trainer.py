@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,14 +34,16 @@ from barqtrain_hf.patching import (
 )
 from barqtrain_hf.patching.head import OP as FUSED_HEAD
 
+logger = logging.getLogger(__name__)
+
 
 class BarqTrainer(Trainer):
     """Takes exactly what `Trainer` takes and trains the same model to the same loss.
 
     With `BarqTrainingArguments` the flags `use_barq_kernels` and `barq_config` choose what is installed;
     with plain `TrainingArguments` everything is. A `PackedDataset` brings its own collator and is packed
-    anew for every epoch. Logs gain `tokens_per_second`, `peak_memory_gib`, and where they apply
-    `packing_fill` and `mfu`.
+    anew for every epoch, except with ``dataloader_persistent_workers``. Logs gain `tokens_per_second`,
+    `peak_memory_gib`, and where they apply `packing_fill` and `mfu`.
 
     Raises:
         UnsupportedError: `use_liger_kernel` with its fused cross-entropy, several GPUs in one process
@@ -253,6 +256,7 @@ class _Repack(TrainerCallback):
     def __init__(self, dataset: PackedDataset) -> None:
         self._dataset = dataset
         self._epoch = 0
+        self._warned = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -267,6 +271,12 @@ class _Repack(TrainerCallback):
         # Workers that outlive an epoch have copies of their own, out of reach.
         if not args.dataloader_persistent_workers:
             self._dataset.repack(self._epoch)
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                "dataloader_persistent_workers=True keeps the rows of PackedDataset those of the first "
+                "epoch: pass False to have documents packed anew for every epoch."
+            )
         self._epoch += 1
 
 

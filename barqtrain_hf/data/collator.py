@@ -10,9 +10,9 @@ import numpy as np
 
 from barqtrain_hf.data.batch import packed_batch
 from barqtrain_hf.data.dataset import PackedRow
-from barqtrain_hf.data.packing import positive_int
+from barqtrain_hf.data.packing import non_negative_int, positive_int
 from barqtrain_hf.data.rows import IGNORE_INDEX, join, read_row
-from barqtrain_hf.errors import ArgumentError, DataError
+from barqtrain_hf.errors import DataError
 
 
 @dataclass
@@ -28,8 +28,9 @@ class BarqDataCollator:
         pad_token_id: what that document is made of.
 
     Raises:
-        ArgumentError: ``pad_to_multiple_of`` is not positive or ``pad_token_id`` is negative.
-        ArgumentTypeError: ``pad_to_multiple_of`` is not an integer.
+        ArgumentError: ``pad_to_multiple_of`` is not positive, or ``pad_token_id`` is negative or too
+            large for an id.
+        ArgumentTypeError: one of them is not an integer.
     """
 
     pad_to_multiple_of: int | None = None
@@ -38,10 +39,7 @@ class BarqDataCollator:
     def __post_init__(self) -> None:
         if self.pad_to_multiple_of is not None:
             positive_int("pad_to_multiple_of", self.pad_to_multiple_of)
-        if self.pad_token_id < 0:
-            raise ArgumentError(
-                f"pad_token_id is {self.pad_token_id}: pass a token of the vocabulary."
-            )
+        non_negative_int("pad_token_id", self.pad_token_id, 31)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collates rows of a `PackedDataset`, plain documents, or both.

@@ -13,8 +13,10 @@ import torch
 
 from barqtrain_hf import _rust
 from barqtrain_hf.data.batch import packed_batch
-from barqtrain_hf.data.packing import plan_epoch, positive_int
+from barqtrain_hf.data.fit import fit_documents
+from barqtrain_hf.data.packing import non_negative_int, plan_epoch, positive_int
 from barqtrain_hf.data.rows import ROW_KEYS, Row, Tokens, join, read_row, stored
+from barqtrain_hf.data.source import check_dataset
 from barqtrain_hf.data.store import TokenStore
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -48,7 +50,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         max_length: tokens a row can hold.
         overflow: what happens to a document longer than that. ``"error"`` refuses it; ``"split"``
             cuts it into documents of ``max_length`` tokens, each of which loses the label of its
-            first token; ``"truncate"`` keeps its start; ``"drop"`` leaves it out.
+            first token; ``"truncate"`` keeps its start; ``"drop"`` leaves it out. Pieces of cut
+            documents that bear no loss, such as those of a long prompt, are left out.
         seed: chooses which short documents share a row, and shuffles the rows, since those of long
             documents are made first.
 
@@ -57,8 +60,9 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         num_tokens: tokens in the rows.
         split_documents: documents cut into several.
         truncated_tokens: tokens cut off by ``"truncate"``.
-        dropped_documents: documents left out by ``"drop"``, or for having no tokens.
-        dropped_tokens: tokens in them.
+        dropped_documents: documents left out by ``"drop"``, for having no tokens, or because all that
+            was left of them bears no loss.
+        dropped_tokens: tokens in them, and in pieces left out for bearing no loss.
         fill: share of the rows' capacity that holds tokens.
         lengths: tokens of each row in this epoch, int64, shape ``[len(self)]``.
 
@@ -66,7 +70,8 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         DataError: ``dataset`` is empty or unlabelled, a row is malformed, an id is out of range, or
             a document is too long and ``overflow`` is ``"error"``.
         ArgumentError: ``max_length``, ``overflow`` or ``seed`` has an impossible value.
-        ArgumentTypeError: ``dataset`` has no length, or ``max_length`` is not an integer.
+        ArgumentTypeError: ``dataset`` has no length or is no data set (a path, a DatasetDict), or
+            ``max_length`` or ``seed`` is not an integer.
     """
 
     def __init__(
@@ -82,13 +87,14 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             raise ArgumentError(
                 f"overflow is {overflow!r}: choose one of {', '.join(get_args(Overflow))}."
             )
-        if seed < 0:
-            raise ArgumentError(f"seed is {seed}: pass zero or a positive integer.")
+        self._seed = non_negative_int("seed", seed)
 
         self._tokens = dataset if isinstance(dataset, TokenStore) else _read_tokens(dataset)
         lengths = self._tokens.lengths
         try:
-            self._starts, self._lengths, counts = _rust.fit(lengths, self.max_length, overflow)
+            self._starts, self._lengths, counts = fit_documents(
+                self._tokens.input_ids, self._tokens.labels, lengths, self.max_length, overflow
+            )
         except ValueError as error:
             raise DataError(str(error)) from None
         self.num_tokens = int(self._lengths.sum())
@@ -106,7 +112,6 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 f"max_length={self.max_length} tokens, or overflow='split'."
             )
 
-        self._seed = seed
         self.repack(0)
         self.fill = self.num_tokens / (len(self) * self.max_length)
 
@@ -121,10 +126,9 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         calls in some set-ups only, and not when it resumes within an epoch.
 
         Raises:
-            ArgumentError: ``epoch`` is negative.
+            ArgumentError: ``epoch`` is negative, or 2**64 or more.
+            ArgumentTypeError: it is not an integer.
         """
-        if epoch < 0:
-            raise ArgumentError(f"epoch is {epoch}: pass zero or a positive integer.")
         self._order, self._offsets = plan_epoch(self._lengths, self.max_length, self._seed, epoch)
         self.lengths = np.add.reduceat(self._lengths[self._order], self._offsets[:-1])
 
@@ -138,7 +142,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             f"{self.split_documents:,} documents split" if self.split_documents else "",
             f"{self.truncated_tokens:,} tokens truncated" if self.truncated_tokens else "",
             f"{self.dropped_documents:,} documents ({self.dropped_tokens:,} tokens) dropped"
-            if self.dropped_documents
+            if self.dropped_documents or self.dropped_tokens
             else "",
         ]
         return "; ".join([line, *filter(None, losses)]) + "."
@@ -185,11 +189,16 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
         Raises:
             IndexError: there is no such row.
+            ArgumentError: ``pad_to_multiple_of`` or ``pad_token_id`` has an impossible value.
+            ArgumentTypeError: one of them is not an integer.
             DataError: there are no rows, or more than 2**31 - 1 tokens in them.
         """
         if not rows:
             raise DataError("rows is empty: a batch needs at least one row.")
-        padding = None if pad_to_multiple_of is None else (pad_to_multiple_of, pad_token_id)
+        padding = None
+        if pad_to_multiple_of is not None:
+            multiple = positive_int("pad_to_multiple_of", pad_to_multiple_of)
+            padding = multiple, non_negative_int("pad_token_id", pad_token_id, 31)
         for row in rows:
             if not 0 <= row < len(self):
                 raise IndexError(f"row {row} of a PackedDataset with {len(self)} rows")
@@ -230,6 +239,7 @@ class PackedRow(Mapping[str, torch.Tensor]):
 
 def _read_tokens(dataset: Any) -> Tokens:
     """All tokens, labels and document lengths of ``dataset``."""
+    check_dataset(dataset)
     try:
         num_rows = len(dataset)
     except TypeError:

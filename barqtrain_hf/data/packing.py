@@ -70,15 +70,24 @@ def plan_epoch(lengths: Lengths, max_length: int, seed: int, epoch: int) -> RowP
 
     Raises:
         DataError: as for `pack_sequences`.
+        ArgumentError: ``seed`` or ``epoch`` is negative, or 2**64 or more.
+        ArgumentTypeError: one of them is not an integer.
     """
     max_length = positive_int("max_length", max_length)
+    seed, epoch = non_negative_int("seed", seed), non_negative_int("epoch", epoch)
     return _plan(_rust.plan_epoch, _checked(lengths), max_length, seed, epoch, num_threads())
 
 
 def num_threads() -> int:
-    """Threads for our loops in Rust: the CPUs this process may use."""
+    """Threads for our loops in Rust: this process's share of the CPUs it may use, 1 to 16.
+
+    Processes that torchrun starts on one machine share its CPUs; it tells how many they are.
+    """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    # More than 16 threads gain little and each holds a copy of the tokenizer.
+    return min(max(cpus // max(int(ranks) if ranks.isdecimal() else 1, 1), 1), 16)
 
 
 def _checked(lengths: Lengths) -> npt.NDArray[np.int64]:
@@ -111,4 +120,19 @@ def positive_int(name: str, value: SupportsIndex) -> int:
         ) from None
     if number <= 0:
         raise ArgumentError(f"{name} is {number}: pass a positive integer.")
+    return number
+
+
+def non_negative_int(name: str, value: SupportsIndex, below_bits: int = 64) -> int:
+    """``value`` as an int from zero to ``2**below_bits - 1``, or an error that names the argument."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{name} is {value!r} ({type(value).__name__}): pass zero or a positive integer."
+        ) from None
+    if not 0 <= number < 1 << below_bits:
+        raise ArgumentError(
+            f"{name} is {number}: pass zero or a positive integer below 2**{below_bits}."
+        )
     return number

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -14,52 +14,67 @@ import torch
 from barqtrain_hf import _rust
 from barqtrain_hf.data.batch import packed_batch
 from barqtrain_hf.data.dataset import Overflow
-from barqtrain_hf.data.examples import Example, Schema, encode_examples
-from barqtrain_hf.data.packing import positive_int
+from barqtrain_hf.data.packing import non_negative_int, positive_int
 from barqtrain_hf.data.prefetch import Prefetcher
-from barqtrain_hf.data.rows import IGNORE_INDEX, Row, Tokens, join, read_row, stored
+from barqtrain_hf.data.ranks import find_rank
+from barqtrain_hf.data.readers import TextReader, TokenReader
 from barqtrain_hf.data.source import Source
 from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.data.window import Packing, Reader, Window, next_window
-from barqtrain_hf.errors import ArgumentError, DataError, UnsupportedError
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
 # Tokens at which attention costs as much as what is linear in them: six times a hidden size of 4096.
 _LINEAR_COST = 24_576
+_LOSSES = (
+    "num_documents",
+    "split_documents",
+    "truncated_tokens",
+    "dropped_documents",
+    "dropped_tokens",
+)
+_NO_LOSSES = (0,) * len(_LOSSES)
 
 
 class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
     """Batches of packed rows from documents that are read, tokenised and packed while training goes on.
 
     Documents are packed window by window, up to 4096 at a time; the emptiest rows of a window are
-    packed again with the next. At most three windows are held. A thread of this process works ahead;
+    packed again with the next. At most four windows are held. A thread of this process works ahead;
     it needs the GIL only to read rows.
 
     The rows and their order are a function of the documents, ``max_length``, ``seed`` and the epoch.
     A step is ``batch_size`` rows for each of ``world_size`` ranks, dealt so that they take equally
-    long (attention is quadratic in the length of a document). All ranks read all documents.
+    long (attention is quadratic in the length of a document). All ranks read all documents. A data set
+    with ``set_epoch`` is told the epoch, so a shuffled one is in another order in each.
 
     Use it without a collator: ``for batch in stream``, or ``DataLoader(stream, batch_size=None)``.
 
     Args:
         dataset: documents, in the order they are to be read: a list, a map-style or an iterable data
-            set. With a ``tokenizer`` rows are as in `tokenize`, else as in `PackedDataset`.
+            set. With a ``tokenizer`` rows are as in `tokenize`, else as in `PackedDataset`. To resume a
+            data set with a shuffle buffer, its rows are read again from the first.
         max_length: tokens a row can hold.
         tokenizer: a fast tokenizer, or a `FastTokenizer` for other than its default settings.
-        text_column: where rows are dicts, the key of the text.
+        text_column: as in `tokenize`.
         batch_size: rows of each batch.
-        overflow: as in `PackedDataset`. By default long texts are split, and chats and ready tokens
-            refused.
+        overflow: as in `PackedDataset`. By default long texts are split, and all else that is too long
+            is refused: splitting would part completions from their prompts.
         seed: chooses which documents share a row, and the order of rows in a window.
-        rank: which of the ranks this is.
+        rank: which of the ranks this is. Without it and ``world_size``, both are those of
+            ``torch.distributed``, else of the environment (``RANK`` and ``WORLD_SIZE``), else 0 and 1.
+            Where something else deals batches to the ranks, as ``accelerator.prepare`` of a DataLoader
+            does, pass 0 and 1.
         world_size: how many there are.
 
     Raises:
         ArgumentError: an impossible value.
-        ArgumentTypeError: ``dataset`` cannot be iterated over, or a number is none.
-        UnsupportedError: ``tokenizer`` has no fast version.
+        ArgumentTypeError: ``dataset`` cannot be iterated over or is no data set (a path, a DatasetDict),
+            or a number is none.
+        UnsupportedError: ``tokenizer`` has no fast version, or ``dataset`` was split by node already and
+            there are several ranks.
     """
 
     def __init__(
@@ -68,51 +83,57 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         max_length: int,
         *,
         tokenizer: Any = None,
-        text_column: str = "text",
+        text_column: str | None = None,
         batch_size: int = 1,
         overflow: Overflow | None = None,
         seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         self.max_length = positive_int("max_length", max_length)
         self.batch_size = positive_int("batch_size", batch_size)
-        self.world_size = positive_int("world_size", world_size)
-        if not 0 <= rank < world_size:
-            raise ArgumentError(f"rank is {rank}: pass 0 to world_size - 1 = {world_size - 1}.")
+        self.rank, self.world_size = find_rank(rank, world_size)
         if overflow is not None and overflow not in get_args(Overflow):
             raise ArgumentError(
                 f"overflow is {overflow!r}: choose one of {', '.join(get_args(Overflow))}."
             )
-        if seed < 0:
-            raise ArgumentError(f"seed is {seed}: pass zero or a positive integer.")
-        self.rank = rank
-        self._overflow, self._seed, self._epoch = overflow, seed, 0
+        self._overflow, self._epoch = overflow, 0
+        self._seed = non_negative_int("seed", seed)
         self._source = Source(dataset)
+        if self._source.split_by_node and self.world_size > 1:
+            raise UnsupportedError(
+                f"dataset was split by split_dataset_by_node, and PackedStream deals its rows to "
+                f"{self.world_size} ranks itself: most documents would be read by nobody.",
+                "Pass the data set as it was before the split, or rank=0, world_size=1.",
+            )
         if tokenizer is None:
-            self._reader: Reader = _TokenReader()
-            identity = "input_ids"
+            self._reader: Reader = TokenReader()
+            identity, column = "input_ids", None
         else:
             fast = tokenizer if isinstance(tokenizer, FastTokenizer) else FastTokenizer(tokenizer)
-            self._reader = _TextReader(fast, text_column)
-            identity = fast.identity
+            self._reader = TextReader(fast, text_column)
+            identity, column = fast.identity, text_column or "text"
         self._made_from = {
             "version": _VERSION,
             "max_length": self.max_length,
             "overflow": overflow,
-            "seed": seed,
+            "seed": self._seed,
             "tokens": hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+            "text_column": column,
+            "documents": self._source.size,
+            "shuffling": self._source.shuffling,
         }
         self._next = self._start = _Place(None, 0)
+        self._losses, self._left_out, self._warned = _NO_LOSSES, 0, False
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration begins this epoch; without a call it is the one after the last.
 
         Raises:
-            ArgumentError: ``epoch`` is negative.
+            ArgumentError: ``epoch`` is negative, or 2**64 or more.
+            ArgumentTypeError: it is not an integer.
         """
-        if epoch < 0:
-            raise ArgumentError(f"epoch is {epoch}: pass zero or a positive integer.")
+        epoch = non_negative_int("epoch", epoch)
         if epoch != self._epoch:
             self._epoch = epoch
             self._next = self._start = _Place(None, 0)
@@ -133,38 +154,66 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         self._next, self._start = self._start, _Place(None, 0)
         return self._iterate(self._next)
 
+    @property
+    def losses(self) -> dict[str, int]:
+        """What this epoch has lost so far, counted whenever a window of documents begins to be handed out.
+
+        Returns:
+            ``num_documents`` packed, and ``split_documents``, ``truncated_tokens``, ``dropped_documents``
+            and ``dropped_tokens`` as `PackedDataset` counts them; ``left_out_rows`` at the end of an
+            epoch, where rows are fewer than ranks.
+        """
+        return {**dict(zip(_LOSSES, self._losses, strict=True)), "left_out_rows": self._left_out}
+
     def _iterate(self, place: _Place) -> Iterator[dict[str, Any]]:
         epoch = self._epoch
         packing = Packing(self.max_length, self._overflow, self._seed, epoch)
         source = copy.copy(self._source)  # the thread of an iteration that was given up has its own
-        source.seek(None if place.window is None else place.window.place)
-        step = self.batch_size * self.world_size
+        source.seek(None if place.window is None else place.window.place, epoch)
+        self._losses, self._left_out = _NO_LOSSES, 0
         rows: list[_Row] = []
-        window = place.window
-        with Prefetcher(self._windows(source, window, packing)) as windows:
-            for window in windows:
-                start = place.row if window is place.window else 0
+        with Prefetcher(self._windows(source, place.window, packing)) as prefetcher:
+            windows = iter(prefetcher)
+            ahead, start = [next(windows)], place.row
+            while ahead:
+                window = ahead[0]
+                self._count_losses(window)
                 for number in range(start, window.num_rows):
                     rows.append(_Row(window, number))
-                    if len(rows) == step:
-                        self._next = _Place(window, number + 1)
+                    if len(rows) == self.batch_size * self.world_size:
+                        # Before the place is set: it may raise, and then the batch is not handed out.
+                        if self._rows_after(number, ahead, windows) < self.world_size:
+                            # Nothing follows: to resume here is to begin the next epoch.
+                            self._epoch, self._next = epoch + 1, _Place(None, 0)
+                        else:
+                            self._next = _Place(window, number + 1)
                         yield self._batch(rows)
                         rows = []
-        if window is None or not window.losses[0]:
+                start = 0
+                ahead.pop(0)
+                if not ahead and not window.last:
+                    ahead.append(next(windows))
+        if not window.losses[0]:
             raise DataError(
-                "dataset has no documents with tokens, or is an iterator that was read before: pass an "
-                "object whose __iter__ starts again."
+                "dataset has no documents with tokens to train on, or is an iterator that was read before: "
+                "pass an object whose __iter__ starts again."
             )
         self._epoch, self._next = epoch + 1, _Place(None, 0)
+        self._left_out = len(rows) if len(rows) < self.world_size else 0
         self._log(window)
-        if rows and self.world_size > len(rows):
-            logger.warning(
-                "The last %d rows are fewer than the %d ranks and are left out.",
-                len(rows),
-                self.world_size,
-            )
-        elif rows:
+        if rows and not self._left_out:
             yield _join(rows[self.rank :: self.world_size])
+
+    def _rows_after(self, number: int, ahead: list[Window], windows: Iterator[Window]) -> int:
+        """How many rows follow row ``number`` of the first window; fewer than the ranks only if no more do.
+
+        The next window is fetched, and put behind those ``ahead``, only if this one does not tell.
+        """
+        while True:
+            left = sum(window.num_rows for window in ahead) - number - 1
+            if left >= self.world_size or ahead[-1].last:
+                return left
+            ahead.append(next(windows))
 
     def _windows(self, source: Source, window: Window | None, packing: Packing) -> Iterator[Window]:
         if window is not None:
@@ -182,21 +231,32 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         first = self.rank * self.batch_size
         return _join([rows[at] for at in sorted(order[first : first + self.batch_size])])
 
+    def _count_losses(self, window: Window) -> None:
+        self._losses = window.losses
+        if any(window.losses[1:]) and not self._warned:
+            self._warned = True
+            logger.warning(
+                "The first %s; `losses` of the stream counts on.", _describe(window.losses)
+            )
+
     def _log(self, window: Window) -> None:
-        kept, split, truncated, dropped, dropped_tokens = window.losses
+        lost = any(window.losses[1:]) or self._left_out
         logger.log(
-            logging.WARNING if split or truncated or dropped else logging.INFO,
-            "Epoch %d: %s documents packed; %s of them split, %s tokens truncated, %s documents "
-            "(%s tokens) dropped.",
-            *(window.packing.epoch, f"{kept:,}", f"{split:,}", f"{truncated:,}"),
-            *(f"{dropped:,}", f"{dropped_tokens:,}"),
+            logging.WARNING if lost else logging.INFO,
+            "Epoch %d: %s.%s",
+            window.packing.epoch,
+            _describe(window.losses),
+            f" The last {self._left_out} rows are fewer than the {self.world_size} ranks and are left out."
+            if self._left_out
+            else "",
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is after the batch that was handed out last.
 
-        It holds the documents of one window, so its size is bounded and nothing is read again to
-        resume. It is the same on every rank, and good for another ``world_size`` and ``batch_size``.
+        It holds the documents of one window, so its size is bounded, and a data set that can begin at any
+        row reads none again to resume. It is the same on every rank, and good for another ``world_size``
+        and ``batch_size``.
 
         Returns:
             ints, strings and tensors, which ``torch.save`` and ``torch.load`` take.
@@ -204,35 +264,80 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         window, row = self._next
         return {
             **self._made_from,
-            "epoch": self._epoch,
+            "fingerprint": self._source.fingerprint,
+            "epoch": self._epoch if window is None else window.packing.epoch,
             "row": row,
             "window": None if window is None else window.state(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration goes on after the batch that `state_dict` was called after.
 
+        A warning is logged if the fingerprint of a ``datasets.Dataset`` is another one. It changes with
+        the data, but also where a function could not be hashed, or a cache was copied.
+
         Raises:
-            ArgumentError: the state is of a stream with other arguments.
-            DataError: it is no state of a stream.
+            ArgumentError: the state is of a stream with other arguments, or of other documents.
+            DataError: it is no state of a stream, or a damaged one.
         """
-        missing = {*self._made_from, "epoch", "row", "window"} - state.keys()
+        if not isinstance(state, Mapping):
+            raise DataError(f"state is a {type(state).__name__}: pass what state_dict() returned.")
+        missing = {*self._made_from, "fingerprint", "epoch", "row", "window"} - state.keys()
         if missing:
             raise DataError(
                 f"state lacks {', '.join(sorted(missing))}: pass what state_dict() returned."
             )
+        self._compare(state)
+        try:
+            epoch = non_negative_int("epoch", state["epoch"])
+            row = non_negative_int("row", state["row"])
+        except (ArgumentError, ArgumentTypeError) as error:
+            raise DataError(f"The state is damaged, pass an older one: {error}") from None
+        window = None
+        if state["window"] is not None:
+            packing = Packing(self.max_length, self._overflow, self._seed, epoch)
+            window = Window.from_state(state["window"], packing)
+            size = self._source.size
+            if size is not None and not 0 <= window.place["rows"] <= size:
+                raise DataError(
+                    f"The window in state ends at row {window.place['rows']} of {size}: pass an older state."
+                )
+        rows = 0 if window is None else window.num_rows
+        if row > rows:
+            raise DataError(
+                f"row is {row} in the state of a window with {rows} rows: pass an older state."
+            )
+        if window is not None and window.last and rows - row < self.world_size:
+            # It was taken with fewer ranks; for these nothing is left of the epoch.
+            epoch, row, window = epoch + 1, 0, None
+        self._epoch = epoch
+        self._next = self._start = _Place(window, row)
+
+    def _compare(self, state: Mapping[str, Any]) -> None:
         for key, value in self._made_from.items():
             if state[key] != value:
-                raise ArgumentError(
-                    f"{key} is {value!r} here and {state[key]!r} in the state: resume with the arguments "
-                    "the stream was made with."
+                fix = (
+                    "dataset is shuffled in another order; pass the same seed to its shuffle()."
+                    if key == "shuffling"
+                    else "resume with the arguments the stream was made with."
                 )
-        self._epoch = state["epoch"]
-        packing = Packing(self.max_length, self._overflow, self._seed, self._epoch)
-        window = state["window"]
-        self._next = self._start = _Place(
-            None if window is None else Window.from_state(window, packing), state["row"]
-        )
+                raise ArgumentError(
+                    f"{key} is {value!r} here and {state[key]!r} in the state: {fix}"
+                )
+        if state["fingerprint"] != self._source.fingerprint:
+            logger.warning(
+                "dataset has the fingerprint %s here and %s in the state: if it holds other documents, some "
+                "will be trained on twice and others not at all.",
+                self._source.fingerprint,
+                state["fingerprint"],
+            )
+
+
+def _describe(losses: tuple[int, ...]) -> str:
+    return (
+        "{:,} documents packed; {:,} of them split, {:,} tokens truncated, {:,} documents ({:,} tokens) "
+        "dropped".format(*losses)
+    )
 
 
 class _Place(NamedTuple):
@@ -267,33 +372,3 @@ def _join(rows: list[_Row]) -> dict[str, Any]:
         np.concatenate(joined),
         max(longest),
     )
-
-
-class _TextReader:
-    def __init__(self, tokenizer: FastTokenizer, text_column: str) -> None:
-        self._tokenizer = tokenizer
-        self._schema = Schema(tokenizer.tokenizer, text_column)
-
-    def example(self, row: Any, index: int) -> tuple[Example, int]:
-        example = self._schema.read(row, index)
-        return example, example.size
-
-    def read(self, examples: list[Example], first: int) -> Tokens:
-        ids, lengths = encode_examples(self._tokenizer, examples, first)
-        labels = np.where(ids < 0, np.int32(IGNORE_INDEX), ids)
-        return Tokens(ids & np.iinfo(np.int32).max, labels, lengths)
-
-    @property
-    def overflow(self) -> str:
-        return "error" if self._schema.is_chat else "split"
-
-
-class _TokenReader:
-    overflow = "error"
-
-    def example(self, row: Any, index: int) -> tuple[Row, int]:
-        found = read_row(row, "dataset", index)
-        return found, len(found.input_ids)
-
-    def read(self, examples: list[Row], first: int) -> Tokens:
-        return stored(join(examples), "dataset")

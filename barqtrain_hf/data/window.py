@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from barqtrain_hf import _rust
+from barqtrain_hf.data.fit import fit_documents
 from barqtrain_hf.data.rows import Tokens
 from barqtrain_hf.data.source import Source
 from barqtrain_hf.errors import DataError
@@ -60,7 +62,7 @@ class Window:
     labels: npt.NDArray[np.int32]  # [T]
     lengths: npt.NDArray[np.int64]  # [pieces of documents], end to end
     waited: npt.NDArray[np.uint8]  # [pieces], windows each has waited for company
-    losses: tuple[int, ...]  # of the stream so far, as _rust.fit counts them
+    losses: tuple[int, ...]  # of the stream so far, as fit_documents counts them
     place: dict[str, Any]
     last: bool
     packing: Packing
@@ -108,19 +110,49 @@ class Window:
         }
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], packing: Packing) -> Window:
-        arrays = {
-            key: np.ascontiguousarray(state[key].numpy())
-            for key in ("input_ids", "labels", "lengths", "waited")
-        }
-        return cls(
-            number=state["number"],
-            losses=tuple(state["losses"]),
-            place=state["place"],
-            last=state["last"],
-            packing=packing,
-            **arrays,
-        )
+    def from_state(cls, state: Any, packing: Packing) -> Window:
+        """The window that `state` was called of.
+
+        Raises:
+            DataError: it is no state of a window, or not a whole one.
+        """
+        try:
+            arrays = {
+                # Checkpoints are often loaded with map_location set to a GPU.
+                key: np.ascontiguousarray(state[key].cpu().numpy(), dtype=dtype)
+                for key, dtype in _ARRAYS.items()
+            }
+            place = {
+                "rows": operator.index(state["place"]["rows"]),
+                "state": state["place"]["state"],
+            }
+            window = cls(
+                number=operator.index(state["number"]),
+                losses=tuple(map(operator.index, state["losses"])),
+                place=place,
+                last=bool(state["last"]),
+                packing=packing,
+                **arrays,
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
+            raise DataError(
+                f"The window in state is not what state_dict() returned ({type(error).__name__}: {error}): "
+                "pass a state as it was saved."
+            ) from None
+        pieces, tokens = len(window.lengths), len(window.input_ids)
+        if (
+            {array.ndim for array in arrays.values()} != {1}
+            or len(window.waited) != pieces
+            or len(window.labels) != tokens
+            or window.lengths.sum() != tokens
+            or not ((window.lengths >= 1) & (window.lengths <= packing.max_length)).all()
+            or len(window.losses) != 5
+        ):
+            raise DataError(
+                f"The window in state has {pieces} documents and {tokens} tokens that do not go together: "
+                "the state is damaged; pass an older one."
+            )
+        return window
 
 
 def next_window(before: Window | None, source: Source, reader: Reader, packing: Packing) -> Window:
@@ -163,6 +195,8 @@ def _read_examples(source: Source, reader: Reader, most: int) -> list[Any]:
     return examples
 
 
+_ARRAYS = {"input_ids": np.int32, "labels": np.int32, "lengths": np.int64, "waited": np.uint8}
+
 _Part = tuple[
     npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]
 ]
@@ -184,7 +218,7 @@ def _fit(
     found: Tokens, max_length: int, overflow: str, first: int
 ) -> tuple[_Part, tuple[int, ...]]:
     try:
-        starts, lengths, losses = _rust.fit(found.lengths, max_length, overflow)
+        starts, lengths, losses = fit_documents(*found, max_length, overflow)
     except ValueError as error:
         raise DataError(
             f"Of the {len(found.lengths)} documents from row {first} on: {error}"

@@ -345,8 +345,20 @@ def test_bad_arguments_are_refused():
         PackedDataset([GOOD], 0)
     with pytest.raises(ArgumentError, match="overflow is 'wrap': choose one of error, split"):
         PackedDataset([GOOD], 8, overflow="wrap")
-    with pytest.raises(ArgumentError, match="seed is -1"):
-        PackedDataset([GOOD], 8, seed=-1)
+    for seed, error, message in (
+        (-1, ArgumentError, "seed is -1: pass zero or"),
+        (2**64, ArgumentError, r"seed is 18446744073709551616: .* below 2\*\*64"),
+        ("a", ArgumentTypeError, r"seed is 'a' \(str\): pass zero"),
+    ):
+        with pytest.raises(error, match=message):
+            PackedDataset([GOOD], 8, seed=seed)
+    packed = PackedDataset([GOOD], 8)
+    with pytest.raises(ArgumentTypeError, match=r"epoch is 1\.5 \(float\): pass zero"):
+        packed.repack(1.5)
+    with pytest.raises(ArgumentError, match=r"pad_token_id is \d+: .* below 2\*\*31"):
+        packed.batch([0], 8, 2**70)
+    with pytest.raises(ArgumentError, match=r"pad_token_id is \d+: .* below 2\*\*31"):
+        BarqDataCollator(8, 2**70)
     with pytest.raises(ArgumentTypeError, match="dataset is a generator, which has no length"):
         PackedDataset((row for row in [GOOD]), 8)
 

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from barqtrain_hf.data import pack_sequences
-from barqtrain_hf.data.packing import plan_rows
+from barqtrain_hf.data.packing import plan_epoch, plan_rows
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, BarqError, DataError
 
 
@@ -93,3 +93,18 @@ def test_refusals_name_the_value_and_the_fix(lengths, max_length, error, message
     with pytest.raises(error, match=message) as caught:
         pack_sequences(lengths, max_length)
     assert isinstance(caught.value, BarqError)
+
+
+@pytest.mark.parametrize(
+    ("seed", "epoch", "error", "message"),
+    [
+        (-1, 0, ArgumentError, "seed is -1: pass zero or"),
+        (2**64, 0, ArgumentError, r"seed is 18446744073709551616: pass .* below 2\*\*64"),
+        ("a", 0, ArgumentTypeError, r"seed is 'a' \(str\): pass zero or"),
+        (0, 2**64, ArgumentError, "epoch is 18446744073709551616: pass"),
+        (0, 1.5, ArgumentTypeError, r"epoch is 1\.5 \(float\): pass"),
+    ],
+)
+def test_seeds_and_epochs_that_are_none_are_refused(seed, epoch, error, message):
+    with pytest.raises(error, match=message):
+        plan_epoch([3, 4], 8, seed, epoch)

@@ -52,6 +52,22 @@ def test_packed_loss_is_the_mean_over_documents(family: str, tmp_path: Path) -> 
     assert logged["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_persistent_workers_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for workers in ({}, {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}):
+        caplog.clear()
+        packed = PackedDataset(documents(6), 64)
+        options = arguments(tmp_path, max_steps=-1, num_train_epochs=3, **workers)
+        BarqTrainer(
+            tiny_model("llama"), BarqTrainingArguments(**options), train_dataset=packed
+        ).train()
+        warnings = [
+            r for r in caplog.records if "dataloader_persistent_workers=True" in r.getMessage()
+        ]
+        assert len(warnings) == bool(workers)
+
+
 def test_every_epoch_is_packed_anew_and_resumed_in_its_middle(tmp_path: Path) -> None:
     """Ids of each step; a run resumed in the second epoch sees what the uninterrupted one saw."""
 
