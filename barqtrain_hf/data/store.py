@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from barqtrain_hf import _rust
 from barqtrain_hf.data.examples import Example, Schema, encode_examples
+from barqtrain_hf.data.source import check_dataset
 from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError
 
@@ -195,22 +196,11 @@ def tokenize(
 
 
 def _check(dataset: Any) -> None:
-    kind = type(dataset).__name__
-    # Both have a length and items: characters, and the names of splits.
-    if isinstance(dataset, (str, bytes, bytearray, os.PathLike)):
-        raise ArgumentTypeError(
-            f"dataset is a {kind}: pass a list of texts, or read a file with "
-            'datasets.load_dataset("text", data_files=..., split="train").'
-        )
-    if isinstance(dataset, Mapping):
-        names = [repr(name) for name in dataset]
-        raise ArgumentTypeError(
-            f"dataset is a {kind} of {', '.join(names) or 'nothing'}: choose a split, such as "
-            f"dataset[{names[0] if names else repr('train')}], or pass a list of rows."
-        )
+    check_dataset(dataset)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ArgumentTypeError(
-            f"dataset is a {kind}, which has no length: pass a list or a map-style data set."
+            f"dataset is a {type(dataset).__name__}, which has no length: pass a list or a map-style data "
+            "set."
         )
     if not len(dataset):
         raise DataError("dataset is empty: pass at least one text.")

@@ -342,13 +342,17 @@ class _Short:
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        ("corpus.txt", ArgumentTypeError, r"dataset is a str: .*load_dataset\(\"text\", data_f"),
-        (b"corpus", ArgumentTypeError, "dataset is a bytes: pass a list of texts"),
-        (Path("corpus.txt"), ArgumentTypeError, r"dataset is a \w+Path: pass a list of texts"),
+        (
+            "corpus.txt",
+            ArgumentTypeError,
+            r"dataset is 'corpus.txt' \(str\), .*load_dataset\(\"text\", data_f",
+        ),
+        (b"corpus", ArgumentTypeError, r"dataset is b'corpus' \(bytes\), a path or one text"),
+        (Path("corpus.txt"), ArgumentTypeError, r"\(\w+Path\), a path or one text"),
         (
             {"train": ["a"], "test": ["b"]},
             ArgumentTypeError,
-            r"dataset is a dict of 'train', 'test': choose a split, such as dataset\['train'\]",
+            r"dataset is a dict with 'train', 'test': choose a split, such as dataset\[\"train\"\]",
         ),
         (_Stops(["a"] * 100), DataError, r"dataset\[30\] raises StopIteration: raise another"),
         (_Short(), DataError, "dataset gave 90 rows and its length is 100"),
