@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +97,17 @@ def last_checkpoint(folder: Path) -> str | None:
     return str(checkpoints[-1]) if checkpoints else None
 
 
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def train(
     name: TrainerName,
     model: Any,
@@ -115,10 +128,9 @@ def train(
     Returns:
         What it cost, or None if Ctrl-C stopped it, in which case a checkpoint lies in ``folder``.
     """
-    # The demo prints what PackedDataset would warn of.
-    logging.getLogger("barqtrain_hf.data").setLevel(logging.ERROR)
     plan = workload.plan
-    packed = PackedDataset(workload.train, plan.row_length, overflow="split", seed=seed)
+    with _without_warnings("barqtrain_hf.data"):  # the demo says itself what was split
+        packed = PackedDataset(workload.train, plan.row_length, overflow="split", seed=seed)
     pieces = split_long(workload.train, plan.row_length)
     documents_per_row = len(pieces) / len(packed)
     common = training_arguments(workload, folder, seed=seed, device=device, max_steps=max_steps)
