@@ -221,18 +221,20 @@ def test_paths_that_cannot_be_written(tmp_path, tokenizer):
         tokenize(TEXTS, tokenizer, tmp_path)
 
 
-def _build(path, barrier, results):
-    tokenizer = small_tokenizer()
+# The tokenizer comes from the parent: training one starts the threads of `tokenizers`, which does not work
+# in the child of a process that had them before.
+def _build(path, tokenizer, barrier, results):
     barrier.wait()
     store = tokenize(list(TEXTS) * 50, tokenizer, path)
     results.put((os.stat(path).st_ino, int(store.input_ids.astype(np.int64).sum())))
 
 
-def test_of_several_processes_one_builds(tmp_path):
+def test_of_several_processes_one_builds(tmp_path, tokenizer):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(4), context.Queue()
     path = tmp_path / "tokens"
-    processes = [context.Process(target=_build, args=(path, barrier, results)) for _ in range(4)]
+    given = (path, tokenizer, barrier, results)
+    processes = [context.Process(target=_build, args=given) for _ in range(4)]
     for process in processes:
         process.start()
     found = {results.get(timeout=60) for _ in processes}
@@ -242,11 +244,10 @@ def test_of_several_processes_one_builds(tmp_path):
     assert os.listdir(tmp_path) == ["tokens"]
 
 
-def _build_slowly(path, started):
+def _build_slowly(path, tokenizer, started):
     from barqtrain_hf.data import store
 
     store._BYTES_PER_CALL = 2000
-    tokenizer = small_tokenizer()
     started.set()
     tokenize(list(TEXTS) * 100, tokenizer, path)
 
@@ -259,7 +260,7 @@ def test_killed_at_any_moment_the_next_run_has_the_right_tokens(tmp_path, tokeni
     for _ in range(12):
         path.unlink(missing_ok=True)
         started = context.Event()
-        builder = context.Process(target=_build_slowly, args=(path, started))
+        builder = context.Process(target=_build_slowly, args=(path, tokenizer, started))
         builder.start()
         assert started.wait(60)
         time.sleep(rng.uniform(0, 0.2))
