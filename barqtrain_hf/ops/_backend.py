@@ -50,6 +50,12 @@ def capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """What autocast computes in where x is, or None where it is off: there an op computes in x's dtype."""
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def use_cuda(op: str, backend: Backend, tensor: torch.Tensor, unsupported: str | None) -> bool:
     """True if the op's kernel runs for this call.
 

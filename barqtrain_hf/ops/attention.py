@@ -23,7 +23,7 @@ from barqtrain_hf.ops import _attention_autograd, _attention_tilings
 from barqtrain_hf.ops._attention_call import Call, call_for
 from barqtrain_hf.ops._attention_choice import sdpa, sdpa_is_faster
 from barqtrain_hf.ops._attention_torch import allowed, attend, attend_documents, weighted
-from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._backend import Backend, autocast_dtype, cached, check_dtypes, use_cuda
 from barqtrain_hf.ops.rope import apply_rope
 
 _Shapes = tuple[torch.Size, torch.Size, torch.Size]
@@ -87,12 +87,11 @@ def flash_attention(
         ArgumentTypeError: q, k, v, cos or sin not fp32, fp16 or bf16, cu_seqlens not int32.
         UnsupportedError: ``backend="cuda"`` where the kernel cannot run; documents in a CUDA graph.
     """
-    device_type = "cuda" if q.is_cuda else q.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = autocast_dtype(q)
     plan = _plan(
         (q.shape, k.shape, v.shape),
         (q.dtype, k.dtype, v.dtype),
-        torch.get_autocast_dtype(device_type) if autocast else None,
+        autocast,
         (q.get_device(), k.get_device(), v.get_device()),
         None if rope is None else _layout_of(rope),
         cu_seqlens is not None,
@@ -106,7 +105,7 @@ def flash_attention(
         _check_cu_seqlens(cu_seqlens, q.device)
     elif max_seqlen is not None:
         raise ArgumentError(f"flash_attention: max_seqlen={max_seqlen} needs cu_seqlens; drop it.")
-    if autocast:
+    if autocast is not None:
         q, k, v = q.to(plan.dtype), k.to(plan.dtype), v.to(plan.dtype)
     scale, reason = plan.scale, plan.unsupported
     to_sdpa = plan.to_sdpa and not torch.are_deterministic_algorithms_enabled()
@@ -115,7 +114,11 @@ def flash_attention(
     if not to_sdpa and use_cuda("flash_attention", backend, q, reason):
         numbers = (max_seqlen, causal, scale, window, softcap)
         return _attention_autograd.apply(plan.call, q, k, v, rope, cu_seqlens, *numbers)
-    with torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext():
+    with (
+        contextlib.nullcontext()
+        if autocast is None
+        else torch.autocast(q.device.type, enabled=False)
+    ):
         if rope is not None:
             q, k = _turn(q, k, rope, "torch" if backend == "torch" else "auto")
         if to_sdpa:

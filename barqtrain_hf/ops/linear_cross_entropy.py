@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from barqtrain_hf.errors import ArgumentError
-from barqtrain_hf.ops._backend import Backend, check_dtypes, use_cuda
+from barqtrain_hf.ops._backend import Backend, autocast_dtype, check_dtypes, use_cuda
 from barqtrain_hf.ops._chunked_cross_entropy import Options
 from barqtrain_hf.ops._cross_entropy_autograd import LinearCrossEntropy, compiled
 from barqtrain_hf.ops._cross_entropy_rows import LossTerms
@@ -186,9 +186,7 @@ def linear_cross_entropy(
         )
     else:
         divisor = torch.ones((), dtype=torch.float32, device=hidden.device)
-    device_type = hidden.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+    dtype = autocast_dtype(hidden) or hidden.dtype
     u, b = lora if lora is not None else (None, None)
     tensors = (
         hidden.reshape(-1, hidden.shape[-1]),

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from barqtrain_hf.errors import ArgumentError
-from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._backend import Backend, autocast_dtype, cached, check_dtypes, use_cuda
 
 _Shape = tuple[int, ...]
 
@@ -73,10 +73,7 @@ def lora_linears(
     x: torch.Tensor, layers: Sequence[LoraLinear], *, backend: Backend = "auto"
 ) -> tuple[torch.Tensor, ...]:
     """:func:`lora_linear` of each layer, for one input; arguments, results and errors are the same."""
-    kind = "cuda" if x.is_cuda else x.device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    reason = None
-    dtype = autocast or x.dtype
+    autocast, reason = autocast_dtype(x), None
     for layer in layers:
         w, a, b, _, bias = layer
         _check(
@@ -87,7 +84,7 @@ def lora_linears(
         _check_devices(x, w, a, b, bias)
         reason = reason or _unsupported(w, bias)
     if use_cuda("lora_linear", backend, x, reason):
-        return apply(x, layers, dtype)
+        return apply(x, layers, autocast or x.dtype)
     return tuple(lora_linear_reference(x, *layer) for layer in layers)
 
 
@@ -220,8 +217,8 @@ def _check(
     shapes: tuple[_Shape, _Shape, _Shape, _Shape, _Shape | None],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype, torch.dtype | None],
     autocast: torch.dtype | None,
-) -> torch.dtype:
-    """What is computed in, once shapes and dtypes fit."""
+) -> None:
+    """Refuses shapes and dtypes that do not fit."""
     x, weight, a, b, bias = shapes
     names = dict(zip(("x", "weight", "lora_a", "lora_b", "bias"), dtypes, strict=True))
     check_dtypes("lora_linear", **{n: dtype for n, dtype in names.items() if dtype is not None})
@@ -246,14 +243,11 @@ def _check(
         raise ArgumentError(
             f"lora_linear: bias of shape {tuple(bias)} must be [{weight[0]}], for weight of {tuple(weight)}."
         )
-    if autocast is not None:
-        return autocast
-    if dtypes[0] is not dtypes[1] or dtypes[4] not in (None, dtypes[1]):
+    if autocast is None and (dtypes[0] is not dtypes[1] or dtypes[4] not in (None, dtypes[1])):
         raise ArgumentError(
             f"lora_linear: x is {dtypes[0]}, weight {dtypes[1]} and bias {dtypes[4]}; cast them to one "
             "dtype, or use autocast."
         )
-    return dtypes[0]
 
 
 def _check_devices(x: torch.Tensor, *others: torch.Tensor | None) -> None:

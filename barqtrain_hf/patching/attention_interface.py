@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.ops import Rope, flash_attention
+from barqtrain_hf.ops._backend import autocast_dtype
 from barqtrain_hf.patching import documents, probe
 from barqtrain_hf.patching.attention_mask import is_ours, mask, window_of
 from barqtrain_hf.patching.stock_attention import CHOSEN, is_given, stock_attention
@@ -205,15 +206,10 @@ def _unusual(
         return f"{q_shape[1]} heads of {q_shape[3]} dimensions over {k_shape[1]} key heads"
     if query.device.type not in ("cpu", "cuda") or not (query.device == key.device == value.device):
         return f"queries are on {query.device}, keys on {key.device}, values on {value.device}"
-    if not (query.dtype in dtypes and value.dtype in dtypes and _dtype(value) in dtypes):
+    computed_in = autocast_dtype(value) or value.dtype
+    if not (query.dtype in dtypes and value.dtype in dtypes and computed_in in dtypes):
         return f"not probed, or not equal, for queries in {query.dtype} and values in {value.dtype}"
     return None
-
-
-def _dtype(value: torch.Tensor) -> torch.dtype:
-    """What stock attention computes in: under autocast its dtype, else that of the values."""
-    kind = value.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
 
 
 def _documents(
@@ -242,7 +238,8 @@ def _attend(
     causal: bool,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    dtype, rope = _dtype(value), None
+    # What stock attention computes in.
+    dtype, rope = autocast_dtype(value) or value.dtype, None
     if rotation is not None:
         # The op rounds once, to ``dtype``. Queries in another, as normed ones are under autocast, are turned
         # in that one, as stock does.

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from barqtrain_hf.ops import geglu, swiglu
+from barqtrain_hf.ops._backend import autocast_dtype
 from barqtrain_hf.patching import probe, recompute
 from barqtrain_hf.patching.candidate import Answer, Candidate, because
 from barqtrain_hf.patching.report import PatchReport
@@ -198,9 +199,7 @@ def _unusual_call(
     x = args[0]
     if type(x) is not torch.Tensor:
         return f"called with a {type(x).__name__}"
-    kind, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x) or x.dtype
     return None if dtype in dtypes else f"not probed, or not equal, for {dtype}"
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
 from barqtrain_hf.ops import LoraLinear, lora_linear, lora_linears
+from barqtrain_hf.ops._backend import autocast_dtype
 from barqtrain_hf.patching import probe
 from barqtrain_hf.patching.candidate import Answer, Candidate, because
 from barqtrain_hf.patching.head_lora import is_lora_linear
@@ -69,8 +70,10 @@ def _new_forward(
 ) -> Callable[..., Any]:
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         unusual = "called with more than its input" if args or kwargs else _unusual(self, x)
-        if unusual is None and x.is_floating_point() and _computed_in(x) not in dtypes:
-            unusual = f"not probed, or not equal, for {_computed_in(x)}"
+        if unusual is None and x.is_floating_point():
+            dtype = autocast_dtype(x) or x.dtype
+            if dtype not in dtypes:
+                unusual = f"not probed, or not equal, for {dtype}"
         if unusual is not None:
             report.fall_back(OP, unusual)
             return type(self).forward(self, x, *args, **kwargs)
@@ -103,11 +106,6 @@ def _of(layer: Any) -> LoraLinear:
     adapter, base = layer.active_adapters[0], layer.base_layer
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return LoraLinear(base.weight, a, b, layer.scaling[adapter], base.bias)
-
-
-def _computed_in(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _unusual(layer: Any, x: Any) -> str | None:

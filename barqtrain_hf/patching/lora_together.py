@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from barqtrain_hf.ops._backend import autocast_dtype
+
 
 class _Answer(NamedTuple):
     """What a layer will be asked for, the input, and all else that the answer depends on."""
@@ -75,12 +77,11 @@ def _state(layer: Any, x: torch.Tensor) -> tuple[Any, ...]:
     adapter, base = layer.active_adapters[0], layer.base_layer
     weights = (base.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
     tensors = (x, *weights) if base.bias is None else (x, *weights, base.bias)
-    kind = x.device.type
     return (
         *((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors),
         layer.scaling[adapter],
         torch.is_grad_enabled(),
-        torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        autocast_dtype(x),
     )
 
 
