@@ -23,6 +23,9 @@ _LAYOUT = ("batch", "token", "head")
 _LAYOUTS = 1024  # that are kept
 _MOST_TILES = 65535  # in a grid's third dimension
 _TILE_BYTES = 16
+# kThreads and kHeads of attention_statistics in flash_attention_backward.cu; a thread loads that many heads
+# of its token at once, so that more is on its way from memory.
+_STATISTICS_THREADS, _STATISTICS_HEADS = 256, 2
 
 
 def outputs(q: torch.Tensor, kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,8 +213,8 @@ def _backward_plan(
     count = each * len(shapes.backward)
     lanes = 8 if dim <= 64 else 16 if dim <= 128 else 32
     prepare = _statistics_kernel(dtype, lanes).prepare(
-        (-(-tokens * lanes // 256), -(-heads // 2), 1),
-        (256, 1, 1),
+        (-(-tokens * lanes // _STATISTICS_THREADS), -(-heads // _STATISTICS_HEADS), 1),
+        (_STATISTICS_THREADS, 1, 1),
         *_steps((of_dout, of_out), False),
         *(tokens, length, heads, dim, count),
     )
