@@ -11,6 +11,7 @@ from barqtrain_hf.runtime import Kernel, Launch
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 MAX_DIM = _THREADS = 512  # kThreads of rope.cu; on its scalar path a token needs one per dimension
+MAX_ROWS = 65535  # a row of the batch has a place in a grid's third dimension
 _UNROLL = 2  # kUnroll of rope.cu
 _MOST_TOKENS = 64  # that a block has in its third dimension
 

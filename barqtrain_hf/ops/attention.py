@@ -24,6 +24,7 @@ from barqtrain_hf.ops._attention_call import Call, call_for
 from barqtrain_hf.ops._attention_choice import sdpa, sdpa_is_faster
 from barqtrain_hf.ops._attention_torch import allowed, attend, attend_documents, weighted
 from barqtrain_hf.ops._backend import Backend, autocast_dtype, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._rope_kernels import MAX_ROWS
 from barqtrain_hf.ops.rope import apply_rope
 
 _Shapes = tuple[torch.Size, torch.Size, torch.Size]
@@ -121,6 +122,10 @@ def flash_attention(
     ):
         if rope is not None:
             q, k = _turn(q, k, rope, "torch" if backend == "torch" else "auto")
+            if backend == "auto" and q.shape[0] > MAX_ROWS:  # a limit of RoPE's kernel alone
+                return flash_attention(
+                    q, k, v, causal=causal, scale=scale, window=window, softcap=softcap
+                )
         if to_sdpa:
             return sdpa(q, k, v, causal, scale)
         if cu_seqlens is None:
@@ -227,7 +232,7 @@ def _plan(
     _check_numbers(scale, window, softcap)
     if device < 0 or backend == "torch":
         return _Plan(dtype, scale, False, None, None)
-    reason = _unsupported(dtype, shape[3], devices, angles)
+    reason = _unsupported(dtype, shape, devices, angles)
     auto = backend == "auto" and not packed
     to_sdpa = auto and sdpa_is_faster(shape, dtype, device, window, softcap)
     call = None
@@ -239,7 +244,7 @@ def _plan(
 
 
 def _unsupported(
-    dtype: torch.dtype, dim: int, devices: tuple[int, int, int], angles: _Angles | None
+    dtype: torch.dtype, shape: torch.Size, devices: tuple[int, int, int], angles: _Angles | None
 ) -> str | None:
     """Why the kernels cannot run, or None; whether angles need gradients is another question."""
     device = devices[0]
@@ -254,7 +259,9 @@ def _unsupported(
             )
         if of_cos is not dtype and of_cos is not torch.float32:
             return f"q is {dtype} and cos {of_cos}; cast cos and sin to it or to float32."
-    return _attention_tilings.unsupported(dtype, dim, device)
+        if shape[0] > MAX_ROWS:
+            return f"there are {shape[0]} rows, more than RoPE's {MAX_ROWS}; split them."
+    return _attention_tilings.unsupported(dtype, shape[3], device)
 
 
 def _check_shapes(q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size) -> None:

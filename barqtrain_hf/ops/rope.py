@@ -17,9 +17,7 @@ import torch
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
 from barqtrain_hf.ops._backend import Backend, cached, check_dtypes, use_cuda
-from barqtrain_hf.ops._rope_kernels import MAX_DIM, Pair, empty_like, rotate
-
-_MAX_BATCH = 65535  # a grid's third dimension
+from barqtrain_hf.ops._rope_kernels import MAX_DIM, MAX_ROWS, Pair, empty_like, rotate
 
 
 def apply_rope(
@@ -201,8 +199,8 @@ def _unsupported(
             return f"{name} is on {tensor.device} and q on {q.device}."
     if q.shape[3] > MAX_DIM:
         return f"a head has {q.shape[3]} dimensions, more than {MAX_DIM}."
-    if q.shape[0] > _MAX_BATCH:
-        return f"there are {q.shape[0]} rows, more than {_MAX_BATCH}."
+    if q.shape[0] > MAX_ROWS:
+        return f"there are {q.shape[0]} rows, more than {MAX_ROWS}."
     if (cos.requires_grad or sin.requires_grad) and torch.is_grad_enabled():
         return "cos or sin needs gradients."
     if cos.dtype is not q.dtype and cos.dtype is not torch.float32 and q.dtype is not torch.float32:

@@ -14,9 +14,17 @@ import pytest
 import torch
 from attention_cases import Case, assert_as_accurate, cu_seqlens, draw, exact, ours, rope_of
 from norm_cases import misaligned
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from barqtrain_hf.ops import Rope, _attention_autograd, _documents, apply_rope, flash_attention
+from barqtrain_hf.ops import (
+    Rope,
+    _attention_autograd,
+    _documents,
+    apply_rope,
+    attention,
+    flash_attention,
+)
 from barqtrain_hf.ops.attention import flash_attention_reference
 
 HALF = [torch.bfloat16, torch.float16]
@@ -402,6 +410,48 @@ def test_what_the_kernel_does_not_take() -> None:
         flash_attention(*(x[..., :64],) * 3, rope=Rope(angles, angles), backend="cuda")
     with pytest.raises(ArgumentError, match="cu_seqlens is on cpu and q on cuda:0"):
         flash_attention(x, x, x, cu_seqlens=torch.tensor([0, 20], dtype=torch.int32))
+
+
+def many_rows(rows: int) -> tuple[torch.Tensor, Rope]:
+    x = torch.randn(rows, 2, 1, 64, device="cuda").bfloat16()
+    angles = torch.rand(1, 2, 64, device="cuda")
+    return x, Rope(angles.cos().bfloat16(), angles.sin().bfloat16())
+
+
+def test_more_rows_than_a_grid_has_for_rope(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks alone, on tensors that hold nothing: they need no GPU."""
+    attended: list[tuple[Any, torch.Size]] = []
+
+    def apply(call: Any, q: torch.Tensor, k: Any, v: Any, rope: Any, *_: Any) -> torch.Tensor:
+        attended.append((rope, q.shape))
+        return q
+
+    with FakeTensorMode():
+        x, rope = many_rows(65537)
+        for op in (
+            lambda: apply_rope(x, x, *rope[:2], unsqueeze_dim=2, backend="cuda"),
+            lambda: flash_attention(x, x, x, rope=rope, backend="cuda"),
+        ):
+            with pytest.raises(UnsupportedError, match=r"there are 65537 rows, more than .*65535"):
+                op()
+        # And with a GPU.
+        monkeypatch.setattr(attention, "use_cuda", lambda op, backend, q, reason: reason is None)
+        monkeypatch.setattr(attention, "call_for", lambda *_: None)
+        monkeypatch.setattr(attention._attention_tilings, "unsupported", lambda *_: None)
+        monkeypatch.setattr(attention._attention_autograd, "apply", apply)
+        flash_attention(x, x, x, rope=rope)
+        assert attended == [(None, x.shape)]
+        flash_attention(x[:65535], x[:65535], x[:65535], rope=rope)
+        assert attended[1:] == [(rope, (65535, *x.shape[1:]))]
+
+
+@pytest.mark.gpu
+def test_more_rows_than_a_grid_has() -> None:
+    x, rope = many_rows(65536)
+    out = flash_attention(x, x, x, rope=rope)
+    for rows in (slice(0, 3), slice(-3, None)):
+        expected = flash_attention_reference(x[rows], x[rows], x[rows], rope=rope)
+        torch.testing.assert_close(out[rows], expected, rtol=2e-2, atol=2e-2)
 
 
 def test_bad_arguments_name_the_argument() -> None:
