@@ -9,7 +9,6 @@ until a trainer passes one. Neither is removed after training: accelerate wraps 
 from __future__ import annotations
 
 import inspect
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.ops import CountedTarget, linear_cross_entropy
 from barqtrain_hf.ops._targets import capturing
 from barqtrain_hf.patching import head_lora, probe, sharding
+from barqtrain_hf.patching.bound import Bound
 
 OP = "linear_cross_entropy"
 _MARK = "_takes_fused_loss"  # set on our root forwards
@@ -61,11 +61,11 @@ class _Target:
         return self.labels if labels.device == device else labels.to(device)
 
 
-def install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
+def install(model: nn.Module) -> str | list[Bound]:
     """Probes and binds the root's and the head's forwards.
 
     Returns:
-        The (module, bound forward) pairs, or the reason why the model keeps its own loss.
+        What is bound, or the reason why the model keeps its own loss.
     """
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         return "it is not a transformers model"
@@ -75,26 +75,22 @@ def install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
         return _install(model)
 
 
-def _install(model: nn.Module) -> str | list[tuple[nn.Module, Any]]:
+def _install(model: nn.Module) -> str | list[Bound]:
     reason = _structure_unsupported(model)
     if reason is not None:
         return reason
     root_forward = _root_forward(type(model))
-    bound = [(leaf, types.MethodType(_head_forward, leaf)) for leaf in _leaves(model)]
-    for leaf, forward in bound:
-        leaf.forward = forward
+    bound = [Bound.of(OP, leaf, "forward", _head_forward) for leaf in _leaves(model)]
     difference: str | None = "the probe was interrupted"
     try:
         difference = _probe(model, root_forward)
     finally:
         if difference is not None:
-            for leaf, _ in bound:
-                del leaf.forward
+            for of_leaf in bound:
+                of_leaf.remove()
     if difference is not None:
         return f"its loss is not plain cross-entropy over the head's logits: {difference}"
-    forward = types.MethodType(root_forward, model)
-    model.forward = forward
-    return [*bound, (model, forward)]
+    return [*bound, Bound.of(OP, model, "forward", root_forward)]
 
 
 def is_bound(model: nn.Module) -> bool:

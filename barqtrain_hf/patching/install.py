@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import types
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -23,6 +22,7 @@ from barqtrain_hf.patching import (
     rope,
 )
 from barqtrain_hf.patching.attention_interface import register_attention
+from barqtrain_hf.patching.bound import Bound
 from barqtrain_hf.patching.candidate import Candidate
 from barqtrain_hf.patching.report import PatchReport
 from barqtrain_hf.runtime import cuda_unavailable_reason
@@ -37,28 +37,14 @@ _KINDS = (norms, glu, experts, activations, rope, attention, lora)
 _LEAF_OPS = ("rms_norm", "layer_norm", "glu", "rope", "attention", "lora")
 
 
-class _Bound(NamedTuple):
-    """A method of ours on an instance."""
-
-    op: str
-    module: nn.Module
-    attribute: str
-    method: Any
-
-    def remove(self) -> None:
-        """Takes it off, unless something else is there by now."""
-        if self.module.__dict__.get(self.attribute) is self.method:
-            delattr(self.module, self.attribute)
-
-
 class _Patches:
     """What is bound in one model, and the configs that name our attention with what they named before."""
 
     def __init__(self) -> None:
         self.report = PatchReport()
         self.leaf_ops: set[str] = set()
-        self.leaves: list[_Bound] = []
-        self.head: list[_Bound] = []
+        self.leaves: list[Bound] = []
+        self.head: list[Bound] = []
         self.switched: list[tuple[Any, str]] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,7 +64,8 @@ def patch_model(
     """Binds our forwards on instances of ``model``; its weights and its classes are not touched.
 
     Calling it again adds what is missing. The fused head changes nothing by itself: `BarqTrainer` asks
-    for it. Every forward falls back to the stock one for calls it does not cover.
+    for it. Every forward falls back to the stock one for calls it does not cover. A patched model that is
+    pickled is loaded with stock forwards, and may be patched again.
 
     Args:
         model: a transformers model, plain or under PEFT, DDP, FSDP or torch.compile.
@@ -92,6 +79,10 @@ def patch_model(
     config = BarqConfig.load(config)
     base = unwrap(model)
     patches = base.__dict__.setdefault(_ATTRIBUTE, _Patches())
+    if any(bound.is_stock for bound in (*patches.head, *patches.leaves)):
+        # The model was unpickled: it is stock, but for what says that it is not.
+        unpatch_model(base)
+        patches = base.__dict__[_ATTRIBUTE] = _Patches()
     if fused_head and config.linear_cross_entropy and not head.is_bound(base):
         unpatch_model(base, leaves=False)
         patches.report.forget(head.OP)
@@ -99,7 +90,7 @@ def patch_model(
         if isinstance(result, str):
             patches.report.skip(head.OP, "", result)
         else:
-            patches.head = [_Bound(head.OP, module, "forward", f) for module, f in result]
+            patches.head = result
             patches.report.add(head.OP, "the LM head")
     if leaves:
         ops = {op for op in _LEAF_OPS if getattr(config, op)} - patches.leaf_ops
@@ -159,9 +150,7 @@ def _bind_leaves(base: nn.Module, ops: set[str], patches: _Patches) -> None:
                 if function:
                     patches.report.skip(op, candidate.name, function)
                 continue
-            method = types.MethodType(function, candidate.module)
-            setattr(candidate.module, candidate.attribute, method)
-            patches.leaves.append(_Bound(op, candidate.module, candidate.attribute, method))
+            patches.leaves.append(Bound.of(op, candidate.module, candidate.attribute, function))
             patches.report.add(op, candidate.name)
     if attention.OP in ops:
         bound = [leaf.module for leaf in patches.leaves if leaf.op == attention.OP]

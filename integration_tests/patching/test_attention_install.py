@@ -134,7 +134,7 @@ def test_classes_of_a_notebook_keep_theirs(anywhere: None, monkeypatch: pytest.M
 
 def test_a_pickled_model_runs_where_it_is_loaded(anywhere: None, tmp_path: Path) -> None:
     model, inputs = model_of("llama"), batch()
-    patch_model(model, fused_head=False)
+    patch_model(model)
     torch.save((model, inputs, model(**inputs).logits), tmp_path / "all.pt")
     code = (
         "import sys, torch\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 from typing import Any
 
@@ -165,6 +166,24 @@ def test_a_copy_of_a_patched_model_stands_alone(family: str) -> None:
     torch.testing.assert_close(loss, fresh(IDS, labels=IDS).loss)
     unpatch_model(twin)
     assert bound(twin) == [] != bound(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_pickled_model_is_loaded_stock_and_can_be_patched(family: str, anywhere: None) -> None:
+    """Mixtral's experts have another method than forward."""
+    model = tiny_model(family)
+    installed = patch_model(model).installed
+    pickled = pickle.dumps(model)
+    fresh, loaded = tiny_model(family), pickle.loads(pickled)
+    assert torch.equal(loaded(IDS).logits, fresh(IDS).logits)
+    assert head_unsupported(loaded, {"labels": IDS}) is not None
+    report = patch_model(loaded, leaves=False)  # as BarqTrainer does, leaves only when it trains
+    assert set(report.installed) == {"linear_cross_entropy"}
+    assert patch_model(loaded).installed == installed
+    assert_equal(run(loaded, batch(), fused=True), run(fresh, batch()))
+    assert not report.fallbacks
+    assert_no_trace(loaded)
+    assert_no_trace(pickle.loads(pickled))
 
 
 def test_signature_is_the_stock_one() -> None:

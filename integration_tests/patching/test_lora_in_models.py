@@ -288,7 +288,7 @@ def test_a_copy_stands_alone(path: str) -> None:
 
 def test_a_pickled_model_computes_the_same() -> None:
     model, file = adapted("llama"), io.BytesIO()
-    patch_model(model, fused_head=False)
+    patch_model(model)
     expected = run(model, batch())
     torch.save(model, file)
     file.seek(0)
