@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -69,32 +69,44 @@ def _new_forward(
     name: str, together: Together, dtypes: frozenset[torch.dtype], report: PatchReport
 ) -> Callable[..., Any]:
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        unusual = "called with more than its input" if args or kwargs else _unusual(self, x)
-        if unusual is None and x.is_floating_point():
+        own = "called with more than its input" if args or kwargs else _read(self, x)
+        if not isinstance(own, str) and x.is_floating_point():
             dtype = autocast_dtype(x) or x.dtype
             if dtype not in dtypes:
-                unusual = f"not probed, or not equal, for {dtype}"
-        if unusual is not None:
-            report.fall_back(OP, unusual)
+                own = f"not probed, or not equal, for {dtype}"
+        if isinstance(own, str):
+            report.fall_back(OP, own)
             return type(self).forward(self, x, *args, **kwargs)
         try:
             if torch.compiler.is_compiling():
-                return lora_linears(x, [_of(self)])[0]
-            y = together.take(self, x)
+                return lora_linears(x, [own])[0]
+            y = together.take(self, own, x)
             if y is not None:
                 return y
             others = together.others(self, x)
-            if others and not any(_is_bound_elsewhere(m) or _unusual(m, x) for m in others):
+            linears = _read_all(others, x)
+            if linears:
                 # What is wrong with another is said when that is called.
                 with contextlib.suppress(ArgumentError, ArgumentTypeError):
-                    ys = lora_linears(x, [_of(layer) for layer in (self, *others)])
-                    together.keep(others, x, ys[1:])
+                    ys = lora_linears(x, [own, *linears])
+                    together.keep(others, linears, x, ys[1:])
                     return ys[0]
-            return lora_linears(x, [_of(self)])[0]
+            return lora_linears(x, [own])[0]
         except (ArgumentError, ArgumentTypeError) as error:
             raise type(error)(f"{name}: {error}") from None
 
     return forward
+
+
+def _read_all(layers: Sequence[Any], x: torch.Tensor) -> list[LoraLinear]:
+    """What the op is given of each layer; nothing if one of them does not take part."""
+    linears = []
+    for layer in layers:
+        linear = None if _is_bound_elsewhere(layer) else _read(layer, x)
+        if linear is None or isinstance(linear, str):
+            return []
+        linears.append(linear)
+    return linears
 
 
 def _is_bound_elsewhere(layer: Any) -> bool:
@@ -102,47 +114,55 @@ def _is_bound_elsewhere(layer: Any) -> bool:
     return getattr(layer.__dict__.get("forward"), "__module__", None) != __name__
 
 
-def _of(layer: Any) -> LoraLinear:
-    adapter, base = layer.active_adapters[0], layer.base_layer
-    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return LoraLinear(base.weight, a, b, layer.scaling[adapter], base.bias)
+def _read(layer: Any, x: Any) -> LoraLinear | str:
+    """What the op is given of a layer, or why a call is left to PEFT.
 
-
-def _unusual(layer: Any, x: Any) -> str | None:
-    """Why a call is left to PEFT, or None."""
+    Every call asks, for a member of a group also that of the first, which computes it: a hook may change the
+    layer in between. Modules are slow to look parts and weights up, so that each is looked up once.
+    """
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
         return "its adapters are merged"
-    if len(layer.active_adapters) != 1:
-        return f"{len(layer.active_adapters)} adapters are active"
-    adapter = layer.active_adapters[0]
-    if adapter not in layer.lora_A:
+    active = layer.active_adapters
+    if len(active) != 1:
+        return f"{len(active)} adapters are active"
+    adapter, parts = active[0], layer._modules
+    a = parts["lora_A"]._modules.get(adapter)
+    if a is None:
         return f"it has no adapter {adapter!r}"
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is not plain LoRA"
     if layer.fan_in_fan_out:
         return "its adapter has fan_in_fan_out"
-    dropout = layer.lora_dropout[adapter]
+    dropout = parts["lora_dropout"]._modules[adapter]
     if type(dropout) is not nn.Identity and not _is_idle(dropout):
         return "its adapter has dropout"
-    if not isinstance(layer.scaling[adapter], (int, float)):
+    scaling = layer.scaling[adapter]
+    if not isinstance(scaling, (int, float)):
         return "its scaling is a tensor"
-    base, a, b = layer.base_layer, layer.lora_A[adapter], layer.lora_B[adapter]
+    base, b = parts["base_layer"], parts["lora_B"]._modules[adapter]
     if a.bias is not None or b.bias is not None:
         return "its adapter has a bias"
-    if any("forward" in m.__dict__ or _is_hooked(m) for m in (base, a, b, dropout)):
-        return "there are hooks inside (offloading, ZeRO-3, or the user's)"
+    for module in (base, a, b, dropout):
+        if "forward" in module.__dict__ or _is_hooked(module):
+            return "there are hooks inside (offloading, ZeRO-3, or the user's)"
+    weights = []
     for linear in (base, a, b):
         if type(linear) is not nn.Linear:
             return f"there is a {type(linear).__name__} inside"
-        if type(linear.weight) not in _PLAIN or not linear.weight.numel():
+        weight = linear.weight
+        if type(weight) not in _PLAIN or not weight.numel():
             return "its weights are in parts (FSDP, tensor parallelism or ZeRO-3)"
-    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        weights.append(weight)
+    bias = base.bias
+    if weights[0].requires_grad or (bias is not None and bias.requires_grad):
         return "its own weight is trained too"
     if type(x) is not torch.Tensor:
         return f"called with a {type(x).__name__}"
-    return "called with a tensor on meta" if x.is_meta else None
+    if x.is_meta:
+        return "called with a tensor on meta"
+    return LoraLinear(weights[0], weights[1], weights[2], scaling, bias)
 
 
 def _is_idle(dropout: Any) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from barqtrain_hf.ops import LoraLinear
 from barqtrain_hf.ops._backend import autocast_dtype
 
 
@@ -50,11 +51,11 @@ class Together:
             if len(group) > 1:
                 self._groups[group[0]] = [weakref.ref(layer) for layer in group[1:]]
 
-    def take(self, layer: Any, x: torch.Tensor) -> torch.Tensor | None:
-        """The layer's answer, if the call of another has computed it."""
+    def take(self, layer: Any, linear: LoraLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """The layer's answer, if the call of another has computed it for what the layer is now."""
         ready: dict[Any, _Answer] = getattr(self._here, "ready", {})
         answer = ready.pop(layer, None)
-        if answer is not None and answer.x is x and answer.state == _state(layer, x):
+        if answer is not None and answer.x is x and answer.state == _state(linear, x):
             return answer.y
         ready.clear()  # what nobody has asked for by now, nobody will
         return None
@@ -65,21 +66,27 @@ class Together:
             return []
         return [other for reference in self._groups.get(layer, ()) if (other := reference())]
 
-    def keep(self, layers: Sequence[Any], x: torch.Tensor, ys: Sequence[torch.Tensor]) -> None:
-        """What the layers will be asked for next."""
+    def keep(
+        self,
+        layers: Sequence[Any],
+        linears: Sequence[LoraLinear],
+        x: torch.Tensor,
+        ys: Sequence[torch.Tensor],
+    ) -> None:
+        """What the layers, each with what it is now, will be asked for next."""
         self._here.ready = {
-            layer: _Answer(x, _state(layer, x), y) for layer, y in zip(layers, ys, strict=True)
+            layer: _Answer(x, _state(linear, x), y)
+            for layer, linear, y in zip(layers, linears, ys, strict=True)
         }
 
 
-def _state(layer: Any, x: torch.Tensor) -> tuple[Any, ...]:
+def _state(linear: LoraLinear, x: torch.Tensor) -> tuple[Any, ...]:
     """All that a layer's answer depends on beside the values of x, each change of which counts."""
-    adapter, base = layer.active_adapters[0], layer.base_layer
-    weights = (base.weight, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)
-    tensors = (x, *weights) if base.bias is None else (x, *weights, base.bias)
+    weight, a, b, scaling, bias = linear
+    tensors = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
     return (
         *((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors),
-        layer.scaling[adapter],
+        scaling,
         torch.is_grad_enabled(),
         autocast_dtype(x),
     )
