@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -55,6 +56,14 @@ def lora_layers(model: Any) -> dict[str, Any]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind = pytest.importorskip("peft.tuners.lora.layer").Linear
     return {name: module for name, module in base.named_modules() if type(module) is kind}
+
+
+def assert_close(
+    ours: Iterable[torch.Tensor], stock: Iterable[torch.Tensor], rounding: float = 2e-6
+) -> None:
+    """Equality up to the order of fp32 sums, of a whole model."""
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert (mine - theirs).norm() <= rounding * theirs.norm() + 1e-7
 
 
 def force_fused(patch: pytest.MonkeyPatch) -> list[int]:

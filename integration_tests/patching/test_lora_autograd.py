@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_models import LORA_ONLY, adapted, lora_layers
+from lora_models import LORA_ONLY, adapted, assert_close, lora_layers
 from side_by_side import batch, run
 from test_recompute import MLP, Products, products  # noqa: F401 (a fixture)
 from torch import nn
@@ -18,13 +18,6 @@ from barqtrain_hf.patching import recompute
 peft = pytest.importorskip("peft")
 
 NAME = "model.layers.1.mlp.down_proj"  # which no other layer shares its input with
-
-
-def assert_close(
-    ours: list[torch.Tensor], stock: list[torch.Tensor], rounding: float = 2e-6
-) -> None:
-    for mine, theirs in zip(ours, stock, strict=True):
-        assert (mine - theirs).norm() <= rounding * theirs.norm() + 1e-7
 
 
 def gradients(model: Any) -> list[torch.Tensor]:

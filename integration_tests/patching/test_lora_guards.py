@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lora_models import LORA_ONLY, adapted, fill, lora_layers
+from lora_models import LORA_ONLY, adapted, assert_close, fill, lora_layers
 from side_by_side import batch
 from torch import nn
 
@@ -103,11 +103,6 @@ def outcome(model: Any, inputs: dict[str, Any] | None = None, seed: int = 3) -> 
     if not torch.is_grad_enabled() or not outputs.logits.requires_grad:
         return [outputs.logits, outputs.loss]
     return [outputs.logits, outputs.loss, *torch.autograd.grad(outputs.loss, trained)]
-
-
-def assert_close(ours: list[torch.Tensor], stock: list[torch.Tensor]) -> None:
-    for mine, theirs in zip(ours, stock, strict=True):
-        assert (mine - theirs).norm() <= 2e-6 * theirs.norm() + 1e-7
 
 
 def assert_equal(ours: list[torch.Tensor], stock: list[torch.Tensor]) -> None:

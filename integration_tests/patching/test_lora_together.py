@@ -10,36 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model
+from lora_models import adapted, assert_close
 
 from barqtrain_hf import patch_model, unpatch_model
 from barqtrain_hf.errors import ArgumentError
-from barqtrain_hf.patching import lora as lora_patch
 from barqtrain_hf.patching import lora_together
 
-peft = pytest.importorskip("peft")
 QKV = ["q_proj", "k_proj", "v_proj"]
-
-
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many layers each product was for, on the fused path."""
-    monkeypatch.setattr("barqtrain_hf.ops.lora.use_cuda", lambda *_: True)
-    numbers: list[int] = []
-    function = lora_patch.lora_linears
-
-    def counted(x: Any, layers: Any) -> Any:
-        numbers.append(len(layers))
-        return function(x, layers)
-
-    monkeypatch.setattr(lora_patch, "lora_linears", counted)
-    return numbers
-
-
-def lora_model(family: str = "llama") -> Any:
-    model = tiny_model(family)
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    return peft.get_peft_model(model, config)
 
 
 def results(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -49,33 +26,29 @@ def results(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, trained)]
 
 
-def assert_equal(mine: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    for one, other in zip(mine, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-
-
 IDS = torch.arange(22).view(2, 11)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
-def test_query_key_value_and_gate_up_are_groups(family: str, computed: list[int]) -> None:
-    model = lora_model(family)
+def test_query_key_value_and_gate_up_are_groups(family: str, fused: list[int]) -> None:
+    model = adapted(family)
     expected = results(model, IDS)
     patch_model(model)
     for _ in range(2):
-        computed.clear()
-        assert_equal(results(model, IDS), expected)
-        assert computed == [3, 1, 2, 1] * 2
+        fused.clear()
+        assert_close(results(model, IDS), expected)
+        assert fused == [3, 1, 2, 1] * 2
     unpatch_model(model)
-    assert_equal(results(model, IDS), expected)
+    assert_close(results(model, IDS), expected)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_with_gradient_checkpointing(reentrant: bool, computed: list[int]) -> None:
-    model = lora_model()
+def test_with_gradient_checkpointing(reentrant: bool, fused: list[int]) -> None:
+    model = adapted("llama")
     model.enable_input_require_grads()
     expected = results(model, IDS)
     patch_model(model)
+    fused.clear()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     for _ in range(3):
@@ -86,15 +59,15 @@ def test_with_gradient_checkpointing(reentrant: bool, computed: list[int]) -> No
             mine = [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
         else:
             mine = results(model, IDS)
-        assert_equal(mine, expected)
-    assert computed == [3, 1, 2, 1] * 12
+        assert_close(mine, expected)
+    assert fused == [3, 1, 2, 1] * 12
 
 
 class Calls:
     """One attention block's projections, called by hand."""
 
     def __init__(self) -> None:
-        self.model = lora_model()
+        self.model = adapted("llama")
         patch_model(self.model)
         self.stock = copy.deepcopy(self.model)
         unpatch_model(self.stock)
@@ -112,26 +85,26 @@ class Calls:
 
 
 @pytest.fixture
-def calls(computed: list[int]) -> Calls:
+def calls(fused: list[int]) -> Calls:
     made = Calls()
-    computed.clear()
+    fused.clear()
     made("q_proj")
-    assert computed == [3]
+    assert fused == [3]
     return made
 
 
-def test_the_others_are_answered_with_what_is_there(calls: Calls, computed: list[int]) -> None:
+def test_the_others_are_answered_with_what_is_there(calls: Calls, fused: list[int]) -> None:
     for name in QKV[1:]:
         torch.testing.assert_close(calls(name), calls.expected(name))
-    assert computed == [3]
+    assert fused == [3]
     assert calls("v_proj").requires_grad  # asked for again, it is computed again
-    assert computed == [3, 1]
+    assert fused == [3, 1]
 
 
-def test_another_input_is_computed(calls: Calls, computed: list[int]) -> None:
+def test_another_input_is_computed(calls: Calls, fused: list[int]) -> None:
     other = calls.x.clone()
     torch.testing.assert_close(calls("k_proj", other), calls.expected("k_proj", other))
-    assert computed == [3, 1]
+    assert fused == [3, 1]
 
 
 def test_an_input_that_was_written_to_is_computed(calls: Calls) -> None:
@@ -180,11 +153,20 @@ def test_hooks_of_each_layer_fire(calls: Calls) -> None:
     torch.testing.assert_close(y, calls.expected("k_proj", 2 * calls.x))
 
 
-def test_a_layer_that_was_not_called_is_computed_anew(calls: Calls, computed: list[int]) -> None:
+@pytest.mark.parametrize("part", ["base_layer", "lora_A"])
+def test_a_hook_that_was_put_inside_counts(part: str, calls: Calls) -> None:
+    for stock in (True, False):
+        module = getattr(calls.layer("k_proj", stock), part)
+        module = module["default"] if part == "lora_A" else module
+        module.register_forward_hook(lambda module, args, y: 2.0 * y)
+    torch.testing.assert_close(calls("k_proj"), calls.expected("k_proj"))
+
+
+def test_a_layer_that_was_not_called_is_computed_anew(calls: Calls, fused: list[int]) -> None:
     for _ in range(2):
         torch.testing.assert_close(calls("q_proj"), calls.expected("q_proj"))
         torch.testing.assert_close(calls("k_proj"), calls.expected("k_proj"))
-    assert computed == [3] * 3
+    assert fused == [3] * 3
     torch.testing.assert_close(calls("v_proj", 2 * calls.x), calls.expected("v_proj", 2 * calls.x))
 
 
@@ -198,15 +180,13 @@ def test_an_answer_that_nobody_takes_is_let_go(calls: Calls) -> None:
     assert x() is None
 
 
-def test_what_inference_mode_does_not_count_is_not_grouped(
-    calls: Calls, computed: list[int]
-) -> None:
+def test_what_inference_mode_does_not_count_is_not_grouped(calls: Calls, fused: list[int]) -> None:
     with torch.inference_mode():
         x = torch.randn(2, 3, 32)
         calls("q_proj", x)
         x.zero_()
         torch.testing.assert_close(calls("k_proj", x), calls.expected("k_proj", x))
-    assert computed == [3, 1, 1]
+    assert fused == [3, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["base_layer", "lora_B"])
@@ -225,24 +205,24 @@ def test_adapters_that_were_frozen_count(calls: Calls) -> None:
 
 
 def test_a_layer_with_a_forward_of_somebody_else_is_not_computed_for_it(
-    calls: Calls, computed: list[int]
+    calls: Calls, fused: list[int]
 ) -> None:
     calls.layer("k_proj").forward = lambda x: x + 1
-    computed.clear()
+    fused.clear()
     calls("q_proj")
     assert torch.equal(calls("k_proj"), calls.x + 1)
-    assert computed == [1]
+    assert fused == [1]
 
 
-def test_an_error_is_said_by_the_layer_that_makes_it(calls: Calls, computed: list[int]) -> None:
+def test_an_error_is_said_by_the_layer_that_makes_it(calls: Calls, fused: list[int]) -> None:
     calls.layer("k_proj").lora_B["default"].to("meta")
     torch.testing.assert_close(calls("q_proj"), calls.expected("q_proj"))
     with pytest.raises(ArgumentError, match=r"0.self_attn.k_proj: lora_linear: lora_b is on meta"):
         calls("k_proj")
 
 
-def test_a_copy_uses_its_own_weights(computed: list[int]) -> None:
-    model = lora_model()
+def test_a_copy_uses_its_own_weights(fused: list[int]) -> None:
+    model = adapted("llama")
     patch_model(model)
     results(model, IDS)
     twin = copy.deepcopy(model)
@@ -254,13 +234,13 @@ def test_a_copy_uses_its_own_weights(computed: list[int]) -> None:
     expected = results(stock, IDS)
     for _ in range(3):
         results(model, IDS)
-        assert_equal(results(twin, IDS), expected)
+        assert_close(results(twin, IDS), expected)
     # No layer of a copy is known to belong to another.
-    assert computed[-14:] == [1] * 14
+    assert fused[-14:] == [1] * 14
 
 
-def test_two_threads(computed: list[int]) -> None:
-    model = lora_model()
+def test_two_threads(fused: list[int]) -> None:
+    model = adapted("llama")
     inputs = [(IDS + i) % 50 for i in range(2)]
     expected = [model(input_ids=ids).logits for ids in inputs]
     patch_model(model)
