@@ -10,7 +10,6 @@ implementation's result and gradients are compared with PyTorch's before it is t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from barqtrain_hf.benchmarks import attention_anchors as anchors
-from barqtrain_hf.benchmarks import elementwise
+from barqtrain_hf.benchmarks import elementwise, outcomes
 from barqtrain_hf.benchmarks.attention_cases import (
     AUTO,
     DENSE,
@@ -32,16 +31,13 @@ from barqtrain_hf.benchmarks.attention_cases import (
 )
 from barqtrain_hf.benchmarks.elementwise import OURS
 from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors, reason
-from barqtrain_hf.benchmarks.harness import Report, Timing
+from barqtrain_hf.benchmarks.harness import Report
+from barqtrain_hf.benchmarks.rounds import interleave
 from barqtrain_hf.ops._backend import Backend
 
 # Microseconds of host time of a forward call, and errors beside FA2's.
 HOST_BAR, ERROR_BAR = 25.0, 1.25
 
-# Rounds, the device time of one turn, and the device's cycles in a millisecond, more or less.
-_ROUNDS, _MILLISECONDS, _CYCLES = 20, 4.0, 2e6
-# Milliseconds; a call that itself waits for the device is late after any.
-_LONGEST_WAIT = 50.0
 # Bytes by which the allocator may round what a call keeps.
 _ROUNDING = 4096
 
@@ -104,11 +100,11 @@ def check(
     ours = None
     for name, implementation in chosen.found.items():
         try:
-            nodes = _nodes(implementation.call(*inputs))
+            nodes = {node.name() for node in outcomes.nodes(implementation.call(*inputs))}
             if name == AUTO and nodes == ours:
                 continue  # the same kernel by another name
-            expected = elementwise._results(chosen.stock_of(name), inputs)
-            elementwise._check(elementwise._results(implementation, inputs), expected)
+            expected = outcomes.results(chosen.stock_of(name), inputs)
+            outcomes.check(outcomes.results(implementation, inputs), expected)
         except Exception as error:
             # A kernel that does not build, a limit of its own, no memory: the row says so.
             rows[name] = {"unavailable": reason(error)}
@@ -119,17 +115,6 @@ def check(
         if name == AUTO:
             rows[name] = {"runs": ", ".join(sorted(nodes))}
     return available
-
-
-def _nodes(out: torch.Tensor) -> set[str]:
-    """Names of the autograd nodes that made a result: which path a call took."""
-    names, todo = set(), [out.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None:
-            names.add(node.name())
-            todo += [parent for parent, _ in node.next_functions]
-    return names
 
 
 def _forward(implementation: Implementation, inputs: Tensors) -> Callable[[], Any]:
@@ -145,61 +130,6 @@ def _backward(implementation: Implementation, inputs: Tensors) -> Callable[[], A
 def _both(implementation: Implementation, inputs: Tensors) -> Callable[[], Any]:
     upstream = torch.randn_like(implementation.call(*inputs))
     return lambda: torch.autograd.grad(implementation.call(*inputs), inputs, upstream)
-
-
-def interleave(calls: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]:
-    """Milliseconds per call of each, from rounds in which every one has its turn; or why there are none."""
-    rows: dict[str, dict[str, Any]] = {}
-    numbers, waits = {}, {}
-    for name, call in calls.items():
-        try:
-            device_ms, host_ms = _once(call)
-        except Exception as error:  # as in check
-            rows[name] = {"unavailable": reason(error)}
-            continue
-        numbers[name] = min(max(round(_MILLISECONDS / device_ms), 1), 20)
-        waits[name] = 0.2 + 1.5 * host_ms * numbers[name]
-    samples: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
-        name: [] for name in numbers
-    }
-    with_host = dict.fromkeys(numbers, 0)
-    for turn in range(_ROUNDS + 1):
-        for name, number in numbers.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(round(waits[name] * _CYCLES))
-            start.record()
-            for _ in range(number):
-                calls[name]()
-            # Had the wait ended before all calls were queued, the device may have waited for the host.
-            late = start.query()
-            end.record()
-            if late:
-                waits[name] = min(2 * waits[name], _LONGEST_WAIT)
-            if turn:  # the first round warms up
-                samples[name].append((start, end))
-                with_host[name] += late
-    torch.cuda.synchronize()
-    for name, events in samples.items():
-        ms = [start.elapsed_time(end) / numbers[name] for start, end in events]
-        rows[name] = {"ms": Timing.of(ms)}
-        if with_host[name]:
-            rows[name]["rounds_with_host"] = with_host[name]
-    return rows
-
-
-def _once(call: Callable[[], Any]) -> tuple[float, float]:
-    """Milliseconds of an eager call after two others, with its host's work and of the host alone."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    call()
-    call()
-    torch.cuda.synchronize()
-    before = time.perf_counter()
-    start.record()
-    call()
-    end.record()
-    host = time.perf_counter() - before
-    end.synchronize()
-    return max(start.elapsed_time(end), 1e-3), host * 1e3
 
 
 def _measure_memory(report: Report, case: Case, chosen: Candidates) -> None:
@@ -263,12 +193,12 @@ def measure_errors(
     for dtype in (torch.bfloat16, torch.float16):
         inputs = case.inputs(dtype, device)
         wide = tuple(t.detach().double().requires_grad_() for t in inputs)
-        expected = elementwise._results(exact, wide, dtype)
+        expected = outcomes.results(exact, wide, dtype)
         columns = {"part": "accuracy", "shape": str(case)}
         columns["dtype"] = str(dtype).removeprefix("torch.")
         try:
             ours, flash = (
-                elementwise._errors(elementwise._results(found[name], inputs), expected)
+                outcomes.errors(outcomes.results(found[name], inputs), expected)
                 for name in (OURS, anchors.FLASH)
             )
         except Exception as error:  # as in check

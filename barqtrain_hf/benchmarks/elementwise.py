@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from barqtrain_hf.benchmarks import outcomes
 from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors, reason
-from barqtrain_hf.benchmarks.elementwise_rounds import in_rounds
 from barqtrain_hf.benchmarks.harness import (
     Report,
     Timing,
@@ -30,6 +30,8 @@ from barqtrain_hf.benchmarks.harness import (
     time_graph,
     time_host,
 )
+from barqtrain_hf.benchmarks.outcomes import as_tuple
+from barqtrain_hf.benchmarks.rounds import in_rounds
 
 OURS, OURS_KERNEL = "ours", "ours, its kernel"
 # Shares of the copy bandwidth, and errors beside stock's (1 % more is the noise of one draw).
@@ -40,8 +42,6 @@ _SETS = 4
 # Of device time in one graph; replays of it and eager calls in a round; rounds of both kinds.
 _MILLISECONDS, _REPLAYS, _EAGER, _ROUNDS, _HOST_ROUNDS = 4.0, 8, 16, 3, 15
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# A rival that is further from stock than this computes something else: its call would be wrong.
-_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ def _measure_case(report: Report, op: Op, case: Case, copy: Timing) -> None:
     columns = {"part": "bandwidth", "op": op.name, "shape": case.shape, "in_bars": case.in_bars}
     with torch.cuda.stream(capture_stream()):
         sets = [case.make(torch.bfloat16, "cuda") for _ in range(_SETS)]
-        expected = _results(op.implementations[op.stock], sets[0])
+        expected = outcomes.results(op.implementations[op.stock], sets[0])
 
         def measure(name: str, first: bool) -> dict[str, Any]:
             implementation = op.implementations[name]
             if first:
-                _check(_results(implementation, sets[0]), expected)
+                outcomes.check(outcomes.results(implementation, sets[0]), expected)
             return _measure(implementation, sets)
 
         rows = in_rounds(op.implementations, measure, _ROUNDS)
@@ -127,7 +127,7 @@ def _measure_case(report: Report, op: Op, case: Case, copy: Timing) -> None:
 
 def _measure(implementation: Implementation, originals: Sequence[Tensors]) -> dict[str, Any]:
     """Device time and time through autograd of both directions."""
-    sets = [implementation.prepare(_copies(inputs)) for inputs in originals]
+    sets = [implementation.prepare(outcomes.copies(inputs)) for inputs in originals]
     turn = itertools.cycle(range(len(sets)))
 
     def forward() -> Any:
@@ -135,9 +135,9 @@ def _measure(implementation: Implementation, originals: Sequence[Tensors]) -> di
 
     row: dict[str, Any] = {}
     row.update(_both_times("forward", forward, lambda: None, None))
-    outputs = [_tuple(implementation.call(*inputs)) for inputs in sets]
+    outputs = [as_tuple(implementation.call(*inputs)) for inputs in sets]
     upstream = [tuple(map(torch.randn_like, output)) for output in outputs]
-    wanted = [_trained(inputs) for inputs in sets]
+    wanted = [outcomes.trained(inputs) for inputs in sets]
     # Some write their gradients over what they saved: it is put back before every replay.
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     if implementation.overwrites:
@@ -183,9 +183,9 @@ def _measure_host(report: Report, op: Op, case: Case, chosen: Implementation | N
     originals = case.make(torch.bfloat16, "cuda")
 
     def measure(name: str, first: bool) -> dict[str, Any]:
-        inputs = implementations[name].prepare(_copies(originals))
+        inputs = implementations[name].prepare(outcomes.copies(originals))
         warm_up = 500 if first else 100
-        return _host_times(implementations[name], inputs, _trained(inputs), 3, warm_up)
+        return _host_times(implementations[name], inputs, outcomes.trained(inputs), 3, warm_up)
 
     for name, row in in_rounds(implementations, measure, _HOST_ROUNDS).items():
         _add(report, **columns, implementation=name, **row)
@@ -200,19 +200,19 @@ def _host_times(
     repeats: int = 7,
     warm_up: int = 500,  # until clocks and caches of the host are as they stay
 ) -> dict[str, Any]:
-    upstream = tuple(map(torch.randn_like, _tuple(implementation.call(*inputs))))
+    upstream = tuple(map(torch.randn_like, as_tuple(implementation.call(*inputs))))
 
     def forward() -> None:
         with torch.no_grad():
             implementation.call(*inputs)
 
     def gradients() -> None:
-        torch.autograd.grad(_tuple(implementation.call(*inputs)), wanted, upstream)
+        torch.autograd.grad(as_tuple(implementation.call(*inputs)), wanted, upstream)
 
     def backward() -> None:
         for tensor in wanted:
             tensor.grad = None
-        torch.autograd.backward(_tuple(implementation.call(*inputs)), upstream)
+        torch.autograd.backward(as_tuple(implementation.call(*inputs)), upstream)
 
     row = {}
     for name, call in (("forward", forward), ("grad", gradients), ("step", backward)):
@@ -229,9 +229,9 @@ def measure_errors(report: Report, op: Op, case: Case, device: str = "cuda") -> 
     for dtype in _DTYPES:
         inputs = case.make(dtype, device)
         wide = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
-        exact = _results(Implementation(op.exact), tuple(wide), dtype)
+        exact = outcomes.results(Implementation(op.exact), tuple(wide), dtype)
         found = {
-            name: _errors(_results(op.implementations[name], inputs), exact)
+            name: outcomes.errors(outcomes.results(op.implementations[name], inputs), exact)
             for name in (OURS, op.stock)
         }
         tensors = (*op.outputs, *(f"gradient of {name}" for name in op.inputs))
@@ -243,35 +243,6 @@ def measure_errors(report: Report, op: Op, case: Case, device: str = "cuda") -> 
                 **{"ours": ours, "stock": stock, "stock_is": op.stock},
                 within_bar=ours <= ERROR_BAR * stock,
             )
-
-
-def _results(
-    implementation: Implementation, originals: Tensors, upstream_dtype: torch.dtype | None = None
-) -> Tensors:
-    """Outputs and gradients for upstream gradients that are the same at every call."""
-    inputs = implementation.prepare(_copies(originals))
-    outputs = _tuple(implementation.call(*inputs))
-    generator = torch.Generator(outputs[0].device).manual_seed(1)
-    upstream = []
-    for y in outputs:
-        noise = torch.randn(y.shape, device=y.device, generator=generator)
-        upstream.append(noise.to(upstream_dtype or y.dtype).to(y.dtype))
-    gradients = torch.autograd.grad(outputs, _trained(inputs), upstream)
-    return tuple(t.detach() for t in (*outputs, *gradients))
-
-
-def _check(results: Tensors, expected: Tensors) -> None:
-    worst = max(_errors(results, expected))
-    if not worst < _TOLERANCE:  # NaN is not
-        raise ValueError(f"its result differs from stock's by {worst:.2g}")
-
-
-def _errors(values: Tensors, exact: Tensors) -> list[float]:
-    return [
-        float(torch.linalg.vector_norm(value.to(other.dtype) - other, dtype=torch.float64))
-        / float(torch.linalg.vector_norm(other, dtype=torch.float64))
-        for value, other in zip(values, exact, strict=True)
-    ]
 
 
 def judge(report: Report) -> None:
@@ -348,18 +319,6 @@ def _groups(report: Report, part: str) -> list[list[dict[str, Any]]]:
 
 def _median(row: dict[str, Any], key: str) -> float:
     return float(row[key]["median"])
-
-
-def _copies(inputs: Tensors) -> Tensors:
-    return tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in inputs)
-
-
-def _trained(inputs: Tensors) -> Tensors:
-    return tuple(t for t in inputs if t.requires_grad)
-
-
-def _tuple(outputs: Any) -> Tensors:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _forget() -> None:

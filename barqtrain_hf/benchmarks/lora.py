@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from barqtrain_hf.benchmarks.attention import interleave
+from barqtrain_hf.benchmarks import outcomes
 from barqtrain_hf.benchmarks.elementwise import OURS
+from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors
 from barqtrain_hf.benchmarks.harness import Report, Timing
+from barqtrain_hf.benchmarks.rounds import interleave
 from barqtrain_hf.errors import UnsupportedError
+from barqtrain_hf.ops import lora_linear
+from barqtrain_hf.ops._backend import Backend
+from barqtrain_hf.ops.lora import lora_linear_reference
 
 FROZEN, PEFT, PEFT_BF16 = "frozen weights alone", "PEFT, fp32 adapters", "PEFT, bf16 adapters"
 STOCK_LAYER = "frozen weights alone, stock layer"
@@ -98,30 +104,20 @@ def layer_calls(config: dict[str, int], batch: int, length: int) -> dict[str, Ca
         adapted = model if name in (STOCK_LAYER, FROZEN) else _adapted(model, 16, name)
         if name == FROZEN:
             patch_model(model, fused_head=False)
-        calls[name] = _layer_forward(adapted, x)
+        calls[name] = _forward(adapted, inputs_embeds=x, use_cache=False)
     return calls
 
 
-def _layer_forward(model: Any, x: torch.Tensor) -> Call:
-    def call() -> Any:
-        with _precision(model):
-            return model(inputs_embeds=x, use_cache=False).last_hidden_state
-
-    return call
-
-
-def _forward(model: Any, x: torch.Tensor) -> Call:
-    def call() -> Any:
-        with _precision(model):
-            return model(x)
-
-    return call
-
-
-def _precision(model: nn.Module) -> AbstractContextManager[Any]:
-    """Autocast where adapters are fp32."""
+def _forward(model: Any, *args: Any, **kwargs: Any) -> Call:
+    """The model's call, under autocast where adapters are fp32."""
     mixed = any(p.dtype is torch.float32 for p in model.parameters())
-    return torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext()
+
+    def call() -> Any:
+        with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
+            out = model(*args, **kwargs)
+        return out if isinstance(out, torch.Tensor) else out.last_hidden_state
+
+    return call
 
 
 def _adapted(model: nn.Module, rank: int, name: str) -> Any:
@@ -150,7 +146,7 @@ def _measure(
     for name, forward in forwards.items():
         out = forward()
         upstream = torch.randn_like(out)
-        trained = _leaves(out)
+        trained = [n.variable for n in outcomes.nodes(out) if hasattr(n, "variable")]
         del out
         gc.collect()
         before = torch.cuda.memory_allocated()
@@ -171,54 +167,42 @@ def _step(forward: Call, trained: list[torch.Tensor], upstream: torch.Tensor) ->
     return lambda: torch.autograd.grad(forward(), trained, upstream)
 
 
-def _leaves(out: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that a graph asks for gradients of."""
-    leaves, todo, seen = [], [out.grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        todo += [parent for parent, _ in node.next_functions]
-    return leaves
-
-
-def measure_errors(report: Report, rows: int, wide: int, out: int, rank: int) -> None:
-    """Relative errors against fp64 of ours and PEFT's, both in bf16."""
-    from barqtrain_hf.ops import lora_linear
-    from barqtrain_hf.ops.lora import lora_linear_reference
-
-    names = ("y", "gradient of x", "gradient of A", "gradient of B")
-    totals = {name: [0.0, 0.0, 0.0] for name in names}
+def measure_errors(
+    report: Report,
+    rows: int,
+    wide: int,
+    out: int,
+    rank: int,
+    backend: Backend = "cuda",
+    device: str = "cuda",
+) -> None:
+    """Relative errors against fp64 of ours and PEFT's, both in bf16, over eight draws."""
+    stock = Implementation(partial(lora_linear_reference, scaling=2.0))
+    ours = Implementation(partial(lora_linear, scaling=2.0, backend=backend))
+    draws: dict[str, list[Tensors]] = {"ours": [], "stock": [], "exact": []}
     for seed in range(8):
-        torch.manual_seed(seed)
-        shapes = ((rows, wide), (rank, wide), (out, rank))
-        leaves = [torch.randn(*s, device="cuda").bfloat16() * s[1] ** -0.5 for s in shapes]
-        weight = (torch.randn(out, wide, device="cuda") * wide**-0.5).bfloat16()
-        upstream = torch.randn(rows, out, device="cuda").bfloat16()
+        inputs = _inputs(seed, rows, wide, out, rank, device)
+        double = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in inputs)
+        draws["ours"].append(outcomes.results(ours, inputs))
+        draws["stock"].append(outcomes.results(stock, inputs))
+        draws["exact"].append(outcomes.results(stock, double, torch.bfloat16))
+    all_draws = {n: tuple(map(torch.cat, zip(*found, strict=True))) for n, found in draws.items()}
+    names = ("y", "gradient of x", "gradient of A", "gradient of B")
+    errors = (outcomes.errors(all_draws[n], all_draws["exact"]) for n in ("ours", "stock"))
+    for name, mine, theirs in zip(names, *errors, strict=True):
+        shape = f"{rows} × {wide} → {out}, r={rank}"
+        report.add(part="errors", shape=shape, tensor=name, ours=mine, peft=theirs)
 
-        def results(function: Any, wider: Callable[[Any], Any]) -> list[torch.Tensor]:
-            given = [wider(leaf).detach().requires_grad_() for leaf in leaves]  # noqa: B023
-            y = function(given[0], wider(weight), *given[1:], 2.0)  # noqa: B023
-            return [y, *torch.autograd.grad(y, given, wider(upstream))]  # noqa: B023
 
-        mine = results(lora_linear, lambda t: t)
-        theirs = results(lora_linear_reference, lambda t: t)
-        truth = results(lora_linear_reference, lambda t: t.double())
-        for name, m, s, exact in zip(names, mine, theirs, truth, strict=True):
-            totals[name][0] += (m.double() - exact).square().sum().item()
-            totals[name][1] += (s.double() - exact).square().sum().item()
-            totals[name][2] += exact.square().sum().item()
-    for name, (ours, stock, size) in totals.items():
-        report.add(
-            part="errors",
-            shape=f"{rows} × {wide} → {out}, r={rank}",
-            tensor=name,
-            ours=(ours / size) ** 0.5,
-            peft=(stock / size) ** 0.5,
-        )
+def _inputs(seed: int, rows: int, wide: int, out: int, rank: int, device: str) -> Tensors:
+    """x, the frozen weight, A and B of one draw, in bf16."""
+    torch.manual_seed(seed)
+    shapes = ((rows, wide), (out, wide), (rank, wide), (out, rank))
+    scales = (wide**-0.5, wide**-0.5, wide**-0.5, rank**-0.5)
+    return tuple(
+        (torch.randn(shape, device=device) * scale).bfloat16().requires_grad_(i != 1)
+        for i, (shape, scale) in enumerate(zip(shapes, scales, strict=True))
+    )
 
 
 def judge(report: Report) -> None:

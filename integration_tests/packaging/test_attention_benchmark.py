@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from barqtrain_hf.benchmarks import attention, attention_cases, elementwise, render
+from barqtrain_hf.benchmarks import attention, attention_cases, elementwise, render, rounds
 from barqtrain_hf.benchmarks import attention_anchors as anchors
 from barqtrain_hf.benchmarks.attention_cases import (
     AUTO,
@@ -115,7 +115,7 @@ class _Event:
         self.at = _Event.calls
 
     def query(self) -> bool:
-        return _Event.wait < 40 * attention._CYCLES
+        return _Event.wait < 40 * rounds._CYCLES
 
     def synchronize(self) -> None: ...
 
@@ -141,15 +141,15 @@ def test_implementations_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("out of memory")
 
     calls = {"a": lambda: call("a"), "broken": broken, "b": lambda: call("b")}
-    rows = attention.interleave(calls)
+    rows = rounds.interleave(calls)
     assert rows.pop("broken") == {"unavailable": "RuntimeError: out of memory"}
     # Three calls of each say how long one takes, here 1 ms: then four make a turn.
     turns = "".join(order[6:])
-    assert turns == "aaaabbbb" * (attention._ROUNDS + 1)
+    assert turns == "aaaabbbb" * (rounds._ROUNDS + 1)
     for row in rows.values():
         assert row["ms"] == Timing(1.0, 1.0, 1.0)
         # The wait has grown until the host was ahead.
-        assert 0 < row["rounds_with_host"] < attention._ROUNDS
+        assert 0 < row["rounds_with_host"] < rounds._ROUNDS
 
 
 def _time(name: str, ms: float) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def test_a_file_to_come_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_every_part_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_ROUNDS", 3)
+    monkeypatch.setattr(rounds, "_ROUNDS", 3)
     monkeypatch.setattr(elementwise, "time_host", lambda call, **_: Timing(1.0, 1.0, 1.0))
     dense = Case(2, 256, 64, heads=4, key_heads=2)
     packed = Case(1, 256, 64, (100, 1, 155), heads=4, key_heads=2, flex_bar=0.5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from barqtrain_hf.benchmarks import elementwise, glu, norms, render, rope
+from barqtrain_hf.benchmarks import elementwise, glu, norms, outcomes, render, rope
 from barqtrain_hf.benchmarks.elementwise import OURS, Case, Op, judge, measure_errors
 from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors
 from barqtrain_hf.benchmarks.harness import Report, Timing
@@ -146,11 +146,11 @@ def test_errors_are_rounding(module: Any, case: Case) -> None:
 
 def test_another_function_is_refused() -> None:
     inputs = (torch.randn(4, 8, requires_grad=True),)
-    expected = elementwise._results(Implementation(torch.tanh), inputs)
-    elementwise._check(elementwise._results(Implementation(torch.tanh), inputs), expected)
+    expected = outcomes.results(Implementation(torch.tanh), inputs)
+    outcomes.check(outcomes.results(Implementation(torch.tanh), inputs), expected)
     for wrong in (torch.sigmoid, lambda x: x * float("nan")):
         with pytest.raises(ValueError, match="differs from stock"):
-            elementwise._check(elementwise._results(Implementation(wrong), inputs), expected)
+            outcomes.check(outcomes.results(Implementation(wrong), inputs), expected)
 
 
 def test_tables_show_every_part() -> None:
