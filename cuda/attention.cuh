@@ -229,9 +229,6 @@ __device__ __forceinline__ void multiply_tiles(float (&c0)[M][D0][4], unsigned a
   }
 }
 
-// The number of this warp, in a form that the compiler knows to be the same for all of its lanes.
-__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
-
 // RoPE's angles of one document's rows. The first `rotary` columns turn, a multiple of 16, or none.
 struct Angles {
   const void *cos, *sin;  // [rows, rotary], in fp32 or T

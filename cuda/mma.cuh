@@ -7,6 +7,9 @@
 // A fragment of A is 16 x 16 (four words of two elements), of B 16 x 8 (two words), of C 16 x 8 (four fp32):
 // lane 4 g + t of a warp has C's rows g and g + 8, columns 2 t and 2 t + 1 (PTX ISA, "mma.m16n8k16").
 
+// The number of this warp, in a form that the compiler knows to be the same for all of its lanes.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); }
+
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

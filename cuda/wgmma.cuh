@@ -109,6 +109,8 @@ __device__ __forceinline__ void leave_registers() {
 #define BARQ_D32(HOW) BARQ_FOURS(HOW, 0)
 #define BARQ_D64(HOW) BARQ_FOURS(HOW, 0), BARQ_FOURS(HOW, 4)
 #define BARQ_D128(HOW) BARQ_D64(HOW), BARQ_FOURS(HOW, 8), BARQ_FOURS(HOW, 12)
+#define BARQ_D256(HOW) \
+  BARQ_D128(HOW), BARQ_FOURS(HOW, 16), BARQ_FOURS(HOW, 20), BARQ_FOURS(HOW, 24), BARQ_FOURS(HOW, 28)
 #define BARQ_NAMES32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
 #define BARQ_NAMES64 \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
@@ -117,6 +119,13 @@ __device__ __forceinline__ void leave_registers() {
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
   "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53," \
   "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
+#define BARQ_NAMES256 \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
+  "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53," \
+  "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104," \
+  "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125," \
+  "%126,%127}"
 #define BARQ_DESCRIPTOR(NAME, LOW) "mov.b64 " NAME ", {" LOW ", 0x40000040}; "
 #define BARQ_PRODUCT(N, TYPE, HOW, ADD, PREPARE, A, SETTINGS, ...)                                                    \
   asm volatile("{ .reg .pred p; .reg .b64 a, b; setp.ne.b32 p, " ADD ", 0; " PREPARE                                  \
@@ -138,6 +147,9 @@ __device__ __forceinline__ void leave_registers() {
 #define BARQ_REGISTERS128(TYPE, HOW, ADD)                                                                             \
   BARQ_PRODUCT(128, TYPE, HOW, ADD, BARQ_DESCRIPTOR("b", "%68"), "{%64, %65, %66, %67}", "%69",                       \
                "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(B_COLUMNS))
+#define BARQ_SHARED256(TYPE, HOW, ADD)                                                                                \
+  BARQ_PRODUCT(256, TYPE, HOW, ADD, BARQ_DESCRIPTOR("a", "%128") BARQ_DESCRIPTOR("b", "%129"), "a", "%130, %131",      \
+               "r"(a), "r"(b), "n"(A_COLUMNS), "n"(B_COLUMNS))
 #define BARQ_CHOOSE(PRODUCT)                                                                                          \
   if constexpr (kIsHalf<T>) {                                                                                         \
     if (add) PRODUCT("f16", "+f", "1"); else PRODUCT("f16", "=f", "0");                                               \
@@ -164,4 +176,8 @@ __device__ __forceinline__ void multiply_shared(float (&d)[16][4], unsigned a, u
 template <typename T, bool B_COLUMNS>
 __device__ __forceinline__ void multiply_registers(float (&d)[16][4], const unsigned (&a)[4], unsigned b, bool add) {
   BARQ_CHOOSE(BARQ_REGISTERS128)
+}
+template <typename T, bool A_COLUMNS, bool B_COLUMNS>
+__device__ __forceinline__ void multiply_shared(float (&d)[32][4], unsigned a, unsigned b, bool add) {
+  BARQ_CHOOSE(BARQ_SHARED256)
 }

@@ -7,10 +7,13 @@ from barqtrain_hf.runtime.device import (
     sm_count,
 )
 from barqtrain_hf.runtime.launch import Kernel, Launch
+from barqtrain_hf.runtime.tensor_map import Matrix, TensorMaps
 
 __all__ = [
     "Kernel",
     "Launch",
+    "Matrix",
+    "TensorMaps",
     "architecture",
     "cuda_unavailable_reason",
     "peak_flops",

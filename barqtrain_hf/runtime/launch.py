@@ -21,7 +21,7 @@ from barqtrain_hf.runtime.device import architecture, cuda_unavailable_reason
 
 # Each parameter has an 8-byte slot of the buffer, so slot i is at 8 * i whatever its type.
 _SHARED_BYTES = 48 * 1024  # that a block gets without asking
-_SCALARS = {"int32": "i4x", "int64": "q", "float32": "f4x"}
+_SCALARS = {"int32": "i4x", "int64": "q", "float32": "f4x", "struct": "Q"}
 
 
 class _Arguments(threading.local):
@@ -65,7 +65,7 @@ class Kernel:
             lines, so that CI has compiled it for every architecture.
         parameters: name to type, in the kernel's order. A ``torch.dtype`` is a pointer to a
             contiguous CUDA tensor of that dtype; ``"int32"``, ``"int64"`` and ``"float32"`` are
-            Python numbers.
+            Python numbers; ``"struct"`` is passed by value and given to `launch` as its address.
         shared_bytes: dynamic shared memory of a block.
 
     Raises:
@@ -88,6 +88,7 @@ class Kernel:
         self._count = len(parameters)
         kinds = list(enumerate(parameters.values()))
         self._tensors = [(i, kind) for i, kind in kinds if isinstance(kind, torch.dtype)]
+        self._structs = [i for i, kind in kinds if kind == "struct"]
         self._codes = [_SCALARS[t] if isinstance(t, str) else "Q" for t in parameters.values()]
         self._pack_into = struct.Struct("<" + "".join(self._codes)).pack_into
         self._arguments = _Arguments(self._count)
@@ -136,6 +137,8 @@ class Kernel:
         """
         arguments = self._arguments
         self._pack_into(arguments.values, 0, *values)
+        for i in self._structs:
+            arguments.pointers[i] = values[i]
         self._launch(device, grid, block, arguments.address)
 
     def prepare(
