@@ -22,6 +22,9 @@ import torch.nn.functional as F
 
 from barqtrain_hf.errors import ArgumentError
 from barqtrain_hf.ops._backend import Backend, autocast_dtype, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._lora_gradients import low_rank_gradients
+from barqtrain_hf.ops._lora_kernels import Pair, summed_products
+from barqtrain_hf.ops._lora_ranks import low_ranks
 
 _Shape = tuple[int, ...]
 
@@ -122,20 +125,15 @@ class _LoraLinears(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         weights, biases, lora_a, lora_b = (tensors[i::4] for i in range(4))
         with torch.autocast(x.device.type, enabled=False):
-            a = _joined([part.to(dtype) for part in lora_a])
-            b = [(part.float() * s).to(dtype) for part, s in zip(lora_b, scalings, strict=True)]
+            a, b = low_ranks(lora_a, lora_b, scalings, dtype)
             t = rows @ a.T
             ys = []
             parts = t.split([part.shape[1] for part in b], dim=1)
             for weight, bias, low, up in zip(weights, biases, parts, b, strict=True):
                 # Not a view in the end: users may write to it in place.
                 y = x.new_empty(*x.shape[:-1], up.shape[0])
-                flat = y.view(-1, up.shape[0])
-                if bias is None:
-                    torch.mm(low, up.T, out=flat)
-                else:
-                    torch.addmm(bias.to(dtype), low, up.T, out=flat)
-                flat.addmm_(rows, weight.to(dtype).T)
+                added = None if bias is None else bias.to(dtype)
+                _sum(y.view(-1, up.shape[0]), [(low, up), (rows, weight.to(dtype))], True, added)
                 ys.append(y)
         ctx.save_for_backward(x, t, a, *b, *tensors)
         ctx.scalings = scalings
@@ -151,28 +149,41 @@ class _LoraLinears(torch.autograd.Function):
             return _differentiable(dys, x, tensors, ctx.scalings, ctx.needs_input_grad)
         weights, _, lora_a, lora_b = (tensors[i::4] for i in range(4))
         need_x, need_a, need_b = (ctx.needs_input_grad[i::4] for i in (0, 4, 5))
-        rows, ranks = x.reshape(-1, x.shape[-1]), [part.shape[1] for part in b]
+        rows, widths = x.reshape(-1, x.shape[-1]), [part.shape[1] for part in b]
         flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         das: list[torch.Tensor | None] = [None] * number
         dbs: list[torch.Tensor | None] = [None] * number
         dx = None
         with torch.autocast(x.device.type, enabled=False):
-            for i, (dy, low) in enumerate(zip(flat, t.split(ranks, dim=1), strict=True)):
-                if dy is not None and need_b[i]:
-                    dbs[i] = (_summed(dy, low) * ctx.scalings[i]).to(lora_b[i].dtype)
+            u = torch.empty_like(t)
+            parts = zip(flat, t.split(widths, dim=1), u.split(widths, dim=1), strict=True)
+            for i, (dy, low, part) in enumerate(parts):
+                if dy is None:
+                    part.zero_()
+                    continue
+                need_u = need_x[0] or any(need_a)
+                if need_u and need_b[i]:
+                    dbs[i] = low_rank_gradients(dy, b[i], low, part, lora_b[i], ctx.scalings[i])
+                    if dbs[i] is not None:
+                        continue
+                if need_u:
+                    torch.mm(dy, b[i], out=part)
+                if need_b[i]:
+                    db = _summed(dy, low)[:, : lora_b[i].shape[1]]
+                    dbs[i] = (db * ctx.scalings[i]).to(lora_b[i].dtype)
             if need_x[0] or any(need_a):
-                u = torch.empty_like(t)
-                for dy, up, part in zip(flat, b, u.split(ranks, dim=1), strict=True):
-                    part.zero_() if dy is None else torch.mm(dy, up, out=part)
                 if any(need_a):
-                    for i, part in enumerate(_summed(u, rows).split(ranks)):
+                    for i, part in enumerate(_summed(u, rows).split(widths)):
                         if need_a[i] and flat[i] is not None:
-                            das[i] = part.to(lora_a[i].dtype)
+                            das[i] = part[: lora_a[i].shape[0]].to(lora_a[i].dtype)
                 if need_x[0]:
-                    dx = u @ a
-                    for dy, weight in zip(flat, weights, strict=True):
-                        if dy is not None:
-                            dx.addmm_(dy, weight.to(dx.dtype))
+                    frozen = [
+                        (dy, weight.to(x.dtype))
+                        for dy, weight in zip(flat, weights, strict=True)
+                        if dy is not None
+                    ]
+                    dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
+                    _sum(dx, [(u, a), *frozen], False)
                     dx = dx.view(x.shape)
         grads = [grad for pair in zip(das, dbs, strict=True) for grad in (None, None, *pair)]
         return dx, None, *grads
@@ -201,8 +212,23 @@ def _differentiable(
     return tuple(grads)
 
 
-def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _sum(
+    out: torch.Tensor,
+    pairs: Sequence[Pair],
+    transposed: bool,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """`summed_products`, wherever; the first pair is the adapters'."""
+    if summed_products(out, pairs, transposed, bias):
+        return
+    for i, (left, right) in enumerate(pairs):
+        right = right.T if transposed else right
+        if i > 0:
+            out.addmm_(left, right)
+        elif bias is None:
+            torch.mm(left, right, out=out)
+        else:
+            torch.addmm(bias, left, right, out=out)
 
 
 def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
