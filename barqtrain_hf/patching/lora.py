@@ -20,7 +20,7 @@ from torch import nn
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
 from barqtrain_hf.ops import LoraLinear, lora_linear, lora_linears
 from barqtrain_hf.ops._backend import autocast_dtype
-from barqtrain_hf.patching import probe
+from barqtrain_hf.patching import probe, recompute
 from barqtrain_hf.patching.candidate import Answer, Candidate, because
 from barqtrain_hf.patching.head_lora import is_lora_linear
 from barqtrain_hf.patching.lora_together import Together
@@ -88,10 +88,10 @@ def _new_forward(
             if linears:
                 # What is wrong with another is said when that is called.
                 with contextlib.suppress(ArgumentError, ArgumentTypeError):
-                    ys = lora_linears(x, [own, *linears])
+                    ys = _computed(x, [own, *linears])
                     together.keep(others, linears, x, ys[1:])
                     return ys[0]
-            return lora_linears(x, [own])[0]
+            return _computed(x, [own])[0]
         except (ArgumentError, ArgumentTypeError) as error:
             raise type(error)(f"{name}: {error}") from None
 
@@ -107,6 +107,11 @@ def _read_all(layers: Sequence[Any], x: torch.Tensor) -> list[LoraLinear]:
             return []
         linears.append(linear)
     return linears
+
+
+def _computed(x: torch.Tensor, linears: Sequence[LoraLinear]) -> tuple[torch.Tensor, ...]:
+    with recompute.without_saving(x):
+        return lora_linears(x, linears)
 
 
 def _is_bound_elsewhere(layer: Any) -> bool:

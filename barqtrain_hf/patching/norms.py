@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from barqtrain_hf.errors import BarqError
 from barqtrain_hf.ops import layer_norm, rms_norm
-from barqtrain_hf.patching import probe, sharding
+from barqtrain_hf.patching import probe, recompute, sharding
 from barqtrain_hf.patching.candidate import Answer, Candidate, because
 from barqtrain_hf.patching.report import PatchReport
 from barqtrain_hf.runtime import cuda_unavailable_reason
@@ -122,10 +122,12 @@ def _new_forward(
                     if torch.is_autocast_enabled(kind):
                         mode = autocast_calls if kind == device else {}
                 call = mode.get((x.dtype, weight.dtype)) if x.shape[-1:] == weight.shape else None
-                if call is not None and has_bias:
-                    return call(x, weight, self.bias, getattr(self, epsilon))
                 if call is not None:
-                    return call(x, weight, eps=getattr(self, epsilon))
+                    inputs = (x, weight, self.bias) if has_bias else (x, weight)
+                    y = call(*inputs, eps=getattr(self, epsilon))
+                    if recompute.Noted.wanted and y.requires_grad:
+                        recompute.note(y, partial(call, eps=getattr(self, epsilon)), inputs)
+                    return y
         report.fall_back(op, _unusual_call(args, kwargs, weight))
         return type(self).forward(self, *args, **kwargs)
 

@@ -1,19 +1,24 @@
 """A layer's input that is cheap to compute again is not kept for the layer's backward pass.
 
-The layer runs under saved-tensor hooks. What it saves of its input is replaced by the recipe, whose own
-inputs the graph holds anyway; all else is saved as ever. The recipe runs again in the backward pass,
-just before the layer needs the tensor, and gives the same bits.
+That is the product in a gated MLP and, for LoRA layers, a norm's output. The layer runs under saved-tensor
+hooks. What it saves of its input is replaced by the recipe, whose own inputs the graph holds anyway; all else
+is saved as ever. The recipe runs again in the backward pass, just before the layer needs the tensor, and
+gives the same bits.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed import is_available, is_initialized
+
+from barqtrain_hf.ops._backend import SMALL
 
 _autograd = torch._C._autograd
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -23,10 +28,14 @@ _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")  # no
 
 def applies(layer: nn.Module, product: torch.Tensor) -> bool:
     """Whether autograd would keep ``product`` for the backward pass of ``layer``, and nobody else decides."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not product.requires_grad:
-        return False
     if type(layer) is nn.Linear and not layer.weight.requires_grad:
         return False  # a frozen layer saves its weight only
+    return _may_replace(product)
+
+
+def _may_replace(product: torch.Tensor) -> bool:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not product.requires_grad:
+        return False
     # Checkpointing and offloading work by hooks of their own, of which only the innermost are called.
     return (
         _autograd._saved_tensors_hooks_is_enabled()
@@ -51,6 +60,44 @@ def call_without_saving(
     """
     with saved_tensors_hooks(_Pack(product, op, inputs), _unpack):
         return layer(product)
+
+
+class Noted:
+    """The product that was noted last. Of two threads that note at once, one keeps its products.
+
+    Attributes:
+        wanted: whether any layer has asked; until then nobody needs to note.
+    """
+
+    wanted: ClassVar[bool] = False
+    last: ClassVar[_Pack | None] = None
+
+    @classmethod
+    def forget(cls, product: weakref.ref[torch.Tensor]) -> None:
+        """Lets go of the inputs when the product is gone."""
+        if cls.last is not None and cls.last.product is product:
+            cls.last = None
+
+
+def note(
+    product: torch.Tensor, op: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]
+) -> None:
+    """Tells `without_saving` how ``product`` was made; arguments as of `call_without_saving`.
+
+    Only the last product is remembered, and only while it lives: it is meant for the layers that are called
+    with it next. Small ones are not worth the time that it takes.
+    """
+    if product.numel() > SMALL and _may_replace(product):
+        Noted.last = _Pack(product, op, inputs)
+
+
+def without_saving(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """While it lasts, what autograd would keep of ``x`` is computed again instead, if it was noted."""
+    Noted.wanted = True
+    pack = Noted.last
+    if pack is None or pack.product() is not x or not _may_replace(x):
+        return nullcontext()
+    return saved_tensors_hooks(pack, _unpack)
 
 
 class _Recipe:
@@ -88,10 +135,9 @@ class _Pack:
         op: Callable[..., torch.Tensor],
         inputs: Sequence[torch.Tensor],
     ) -> None:
-        # Without their history: a saved tensor must not keep a part of the graph alive.
-        self.op, self.inputs = op, tuple(tensor.detach() for tensor in inputs)
-        self.versions = tuple(tensor._version for tensor in inputs)
-        self.product = weakref.ref(product)
+        self.op, self.inputs = op, tuple(_held(tensor) for tensor in inputs)
+        self.versions = tuple(tensor._version for tensor in self.inputs)
+        self.product = weakref.ref(product, Noted.forget)
         self.address, self.version = product.data_ptr(), product._version
         self.dtype, self.numel, self.device = product.dtype, product.numel(), product.device
         self.node = _behind_views(product.grad_fn)
@@ -139,6 +185,16 @@ class _Pack:
             and between == [torch.float32]
             and tensor.dtype is self.dtype  # there and back again
         )
+
+
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    """Without its history: a saved tensor must not keep a part of the graph alive.
+
+    A sharded parameter's data may be gone in another layer's backward pass; it is small.
+    """
+    if type(tensor) is nn.Parameter and is_available() and is_initialized():
+        return tensor.detach().clone()
+    return tensor.detach()
 
 
 def _behind_views(node: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from side_by_side import batch, run
 from test_recompute import MLP, Products, products  # noqa: F401 (a fixture)
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from barqtrain_hf import patch_model
 from barqtrain_hf.patching import recompute
@@ -103,9 +105,46 @@ def test_what_is_kept_for_the_backward_pass(regime: str, fused: list[int]) -> No
     for linear in (layer.lora_A["default"], layer.lora_B["default"]):
         weight = linear.weight  # alive in any case
         assert storages.pop(weight.untyped_storage().data_ptr()) == weight.nbytes
-    # t, and A and B, scaled, in what is computed in: of rank 4. A may be what it was.
-    own_a = [4 * 48 * size] if adapter_dtype is not dtype or autocast else []
-    assert sorted(storages.values()) == sorted([*(4 * n * size for n in (60, 32)), *own_a])
+    # t, and A and B, scaled, in what is computed in: of rank 4, or 8 in 16 bits.
+    rank = 4 if dtype is torch.float32 else 8
+    assert sorted(storages.values()) == sorted(rank * n * size for n in (60, 32, 48))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_the_output_of_a_norm_is_not_kept(
+    family: str, autocast: bool, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA layers read norms, and nothing else keeps what they read."""
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    model = adapted(family)
+    report = patch_model(model, {**LORA_ONLY, "rms_norm": True, "layer_norm": True})
+    assert not report.fallbacks
+    outputs: dict[str, StorageWeakRef] = {}
+    for name, module in model.named_modules():
+        # The first layer's input asks for no gradient, so that nothing else keeps it.
+        if "layers.1." in name and name.endswith("layernorm"):
+            module.register_forward_hook(
+                lambda _m, _a, y, name=name: outputs.update(
+                    {name: StorageWeakRef(y.untyped_storage())}
+                )
+            )
+    ids = torch.randint(3, 60, (2, 9))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gc.disable()  # what is freed must not need the collector
+    found = []
+    for noted in (True, False):
+        monkeypatch.setattr(recompute.Noted, "wanted", True)
+        if not noted:
+            monkeypatch.setattr(recompute, "note", lambda *_: None)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        # An fp32 norm's output is cast for bf16 layers: then the cast is what would be kept.
+        expired = [storage.expired() for storage in outputs.values()]
+        assert len(expired) == 2 and all(expired) == (noted or autocast)
+        found.append(torch.autograd.grad(loss, trained))
+    gc.enable()
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
