@@ -24,6 +24,7 @@ from barqtrain_hf.callbacks import BarqKernelsCallback
 from barqtrain_hf.config import BarqConfig
 from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
 from barqtrain_hf.errors import DataError, UnsupportedError
+from barqtrain_hf.loss_filter import LossFilter
 from barqtrain_hf.metrics import ThroughputMeter
 from barqtrain_hf.patching import (
     FusedLoss,
@@ -94,6 +95,8 @@ class BarqTrainer(Trainer):
                 )
             self._kernels.install_head(self.model)
             self.add_callback(self._kernels)
+        self._loss_filter = LossFilter(self.args)
+        self.add_callback(self._loss_filter)
         if isinstance(self.train_dataset, PackedDataset):
             self.add_callback(_Repack(self.train_dataset))
 
@@ -120,6 +123,7 @@ class BarqTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self._meter = None
+            self._loss_filter.restore()
             if self._kernels is not None:
                 self._kernels.restore()
 
@@ -207,13 +211,14 @@ class BarqTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As in Trainer, and counts the batch."""
+        """As in Trainer, without waiting for the device afterwards; and counts the batch."""
         if self._meter is None:
             fill = getattr(self.train_dataset, "fill", None)
             world_size = self.accelerator.num_processes
             self._meter = ThroughputMeter(self.model, self.args.device, world_size, fill)
         self._meter.add(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        return self._loss_filter.finite(self, loss)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer; its time does not count as training."""

@@ -23,13 +23,15 @@ MAY_IMPORT = {
     "ops": {"errors", "runtime"},
     "patching": {"config", "errors", "ops", "runtime"},
     "runtime": {"errors"},
-    "trainer": {"callbacks", "config", "data", "errors", "metrics", "patching"},
+    "trainer": {"callbacks", "config", "data", "errors", "loss_filter", "metrics", "patching"},
 }
 # Packages that only some parts may know, even lazily.
 ONLY_IN = {
     "cupy": {"runtime", "benchmarks"},
     "cupy_backends": {"runtime", "benchmarks"},
-    "transformers": {"benchmarks", "callbacks", "cli", "config", "patching", "trainer"},
+    "transformers": {
+        *("benchmarks", "callbacks", "cli", "config", "loss_filter", "patching", "trainer"),
+    },
     "peft": {"benchmarks", "patching", "cli"},
     "trl": {"benchmarks"},
     "datasets": {"benchmarks"},
