@@ -13,7 +13,7 @@ from barqtrain_hf.runtime import cuda_unavailable_reason
 
 ON_GPU = (
     *("attention", "glu", "launch", "linear_cross_entropy", "lora", "loss_curves", "norms"),
-    "rope",
+    *("rope", "steps"),
 )
 ON_CPU = ("data",)
 

@@ -48,7 +48,7 @@ LAYER: dict[str, int] = {
     "num_hidden_layers": 4,
 }
 BATCH, LENGTH, LAYER_BAR, MEMORY_BAR, ERROR_BAR = 4, 4096, 1.15, 0.9, 1.0
-Call = Callable[[], Any]
+Call = Callable[..., Any]
 
 
 def run(
@@ -71,8 +71,8 @@ def run(
     shape = f"a Llama-3.2-1B layer, {batch[0]}×{batch[1]} tokens, r=16"
     columns = {"part": "layer", "shape": shape, "bar": LAYER_BAR}
     _measure(report, columns, layer_calls(layer, *batch), layer["num_hidden_layers"])
-    for wide, out in ((1000, 520), (2048, 512)):
-        measure_errors(report, 1031, wide, out, 16)
+    for wide, out in ((1000, 2056), (2048, 1024)):
+        measure_errors(report, 4000, wide, out, 16)
     judge(report)
     return report
 
@@ -112,7 +112,9 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Call:
     """The model's call, under autocast where adapters are fp32."""
     mixed = any(p.dtype is torch.float32 for p in model.parameters())
 
-    def call() -> Any:
+    def call(layers: int | None = None) -> Any:
+        if layers is not None:
+            model.config.num_hidden_layers = layers  # of those that there are
         with torch.autocast("cuda", torch.bfloat16) if mixed else nullcontext():
             out = model(*args, **kwargs)
         return out if isinstance(out, torch.Tensor) else out.last_hidden_state
@@ -148,19 +150,32 @@ def _measure(
         upstream = torch.randn_like(out)
         trained = [n.variable for n in outcomes.nodes(out) if hasattr(n, "variable")]
         del out
-        gc.collect()
-        before = torch.cuda.memory_allocated()
-        out = forward()
-        kept[name] = (torch.cuda.memory_allocated() - before) / 2**30 / layers
-        del out
+        kept[name] = _kept(forward, layers)
         calls[name] = _step(forward, trained, upstream)
     rows = interleave(calls)
+    base = rows[FROZEN].get("ms")
     for name, row in rows.items():
-        base = rows[FROZEN].get("ms")
         if "ms" in row and base is not None:
             row |= {"of_frozen": row["ms"].median / base.median, "kept_gib": kept[name]}
             row["ms"] = Timing(*(value / layers for value in astuple(row["ms"])))
         report.add(**columns, implementation=name, **row)
+
+
+def _kept(forward: Call, layers: int) -> float:
+    """GiB that a forward pass leaves behind; of several layers, what one more adds."""
+
+    def after(*count: int) -> float:
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        out = forward(*count)
+        amount = (torch.cuda.memory_allocated() - before) / 2**30
+        del out
+        return amount
+
+    if layers == 1:
+        return after()
+    one, every = after(1), after(layers)  # in this order: the model goes on with all of them
+    return (every - one) / (layers - 1)
 
 
 def _step(forward: Call, trained: list[torch.Tensor], upstream: torch.Tensor) -> Call:

@@ -7,16 +7,26 @@ No number in the docs is typed by hand.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+from barqtrain_hf.benchmarks.attention_tables import (
+    attention_accuracy_table,
+    attention_memory_table,
+    attention_table,
+    packed_attention_table,
+)
+from barqtrain_hf.benchmarks.table_rows import Json, bold, rows_of, unavailable
+from barqtrain_hf.benchmarks.training_tables import (
+    lora_accuracy_table,
+    lora_table,
+    steps_table,
+)
 
 _BLOCK = re.compile(r"(<!-- (\w+): ([^>]+?) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
-Json = dict[str, Any]
 
 
 def demo_table(records: Sequence[Json]) -> list[str]:
@@ -53,8 +63,8 @@ def bandwidth_table(reports: Sequence[Json]) -> list[str]:
         "| backward ms |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row, case in _part(reports, "bandwidth", _op_case):
-        cells = [_unavailable(row), *[""] * 5]
+    for row, case in rows_of(reports, "bandwidth", _op_case):
+        cells = [unavailable(row), *[""] * 5]
         if "unavailable" not in row:
             cells = []
             for direction in ("forward", "backward"):
@@ -63,7 +73,7 @@ def bandwidth_table(reports: Sequence[Json]) -> list[str]:
                 cells.append(f"{row[f'{direction}_share_of_copy']:.0%}")
             for direction in ("forward", "backward"):
                 cells.append(f"{row[f'autograd_{direction}_ms']['median']:.3f}")
-        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
+        lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
     return lines
 
 
@@ -74,8 +84,8 @@ def verdict_table(reports: Sequence[Json]) -> list[str]:
         "| speed beside it | not compared |",
         "|---|---|---:|---|---:|---|---:|---|",
     ]
-    for row, case in _part(reports, "verdict", _op_case):
-        cells = [_unavailable(row), *[""] * 5]
+    for row, case in rows_of(reports, "verdict", _op_case):
+        cells = [unavailable(row), *[""] * 5]
         if "unavailable" not in row:
             mark = "" if row["met"] or not row["in_bars"] else " ✗"
             cells = [
@@ -94,7 +104,7 @@ def bars_table(reports: Sequence[Json]) -> list[str]:
     """How many of the cases meet each bar."""
     lines = ["| | bar | met in |", "|---|---|---:|"]
     for report in reports:
-        for row, _ in _part([report], "bars", lambda row: str(row["bar"])):
+        for row, _ in rows_of([report], "bars", lambda row: str(row["bar"])):
             lines.append(f"| {report['benchmark']} | {row['bar']} | {row['met']} of {row['of']} |")
     return lines
 
@@ -105,11 +115,11 @@ def host_table(reports: Sequence[Json]) -> list[str]:
         "| bf16 | | forward, no gradients: µs | forward, `autograd.grad` | forward, `backward()` |",
         "|---|---|---:|---:|---:|",
     ]
-    for row, case in _part(reports, "host", _op_case):
-        cells = [_unavailable(row), "", ""]
+    for row, case in rows_of(reports, "host", _op_case):
+        cells = [unavailable(row), "", ""]
         if "unavailable" not in row:
             cells = [f"{row[f'{name}_us']['median']:.1f}" for name in ("forward", "grad", "step")]
-        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
+        lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
     return lines
 
 
@@ -120,7 +130,7 @@ def op_accuracy_table(reports: Sequence[Json]) -> list[str]:
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     errors: dict[tuple[str, str], list[float]] = {}
-    for row, _ in _part(reports, "accuracy", lambda row: ""):
+    for row, _ in rows_of(reports, "accuracy", lambda row: ""):
         name = f"{row['op']}, {row['shape']}, stock is {row['stock_is']}"
         errors.setdefault((name, row["tensor"]), []).extend((row["ours"], row["stock"]))
     last = None
@@ -153,7 +163,7 @@ def linear_cross_entropy_table(reports: Sequence[Json]) -> list[str]:
         "|---|---|---:|---:|---:|---:|",
     ]
     for row, case, name in _head_rows(reports, "case"):
-        cells = [_unavailable(row), "", "", ""]
+        cells = [unavailable(row), "", "", ""]
         if "ms" in row:
             extra = row.get("extra_bytes")
             cells = [
@@ -162,7 +172,7 @@ def linear_cross_entropy_table(reports: Sequence[Json]) -> list[str]:
                 f"{row['tflops']:.0f}",
                 f"{row['times_gemm']:.2f}",
             ]
-        lines.append(f"| {case} | {name} | {' | '.join(_bold(cells, row))} |")
+        lines.append(f"| {case} | {name} | {' | '.join(bold(cells, row))} |")
     return lines
 
 
@@ -198,84 +208,10 @@ def head_sweep_table(reports: Sequence[Json]) -> list[str]:
     return lines
 
 
-def attention_table(reports: Sequence[Json]) -> list[str]:
-    """Dense attention: time and TFLOP/s of both directions, and speed beside FA2."""
-    lines = [
-        "| causal, bf16 | | forward ms | TFLOP/s | beside FA2 | backward ms | TFLOP/s | beside FA2 |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    rows = (_part(reports, part, lambda row: str(row["shape"])) for part in ("dense", "short"))
-    for row, case in itertools.chain.from_iterable(rows):
-        cells = [_unavailable(row), *[""] * 5]
-        if "unavailable" not in row:
-            cells = []
-            for direction in ("forward", "backward"):
-                share = row.get(f"{direction}_of_rival")
-                cells += [_device_ms(row, direction), f"{row[f'{direction}_tflops']:.0f}"]
-                cells.append("" if share is None else f"{1 / share:.2f}×")
-        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
-    return lines
-
-
-def packed_attention_table(reports: Sequence[Json]) -> list[str]:
-    """Packed documents: time of a forward call and of both directions, beside flex_attention's."""
-    lines = [
-        "| packed, bf16 | | forward ms | of flex | forward + backward ms | of flex | TFLOP/s |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row, case in _part(reports, "packed", lambda row: str(row["shape"])):
-        cells = [_unavailable(row), *[""] * 4]
-        if "unavailable" not in row:
-            cells = []
-            for direction in ("forward", "forward_backward"):
-                share = row.get(f"{direction}_of_rival")
-                cells.append(_device_ms(row, direction))
-                cells.append("" if share is None else f"{share:.2f}×")
-            cells.append(f"{row['forward_backward_tflops']:.0f}")
-        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
-    return lines
-
-
-def attention_memory_table(reports: Sequence[Json]) -> list[str]:
-    """MiB that a call takes beyond result and gradients."""
-    lines = [
-        "| bf16 | | LSE, MiB | forward keeps beside the result | peak beside it "
-        "| backward's peak beside the gradients |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    keys = ("lse_bytes", "forward_kept_bytes", "forward_peak_bytes", "backward_workspace_bytes")
-    for row, case in _part(reports, "memory", lambda row: str(row["shape"])):
-        cells = [_unavailable(row), *[""] * 3]
-        if "unavailable" not in row:
-            cells = [f"{row[key] / 2**20:.2f}" for key in keys]
-        lines.append(f"| {' | '.join([case, *_bold([row['implementation'], *cells], row)])} |")
-    return lines
-
-
-def attention_accuracy_table(reports: Sequence[Json]) -> list[str]:
-    """Relative errors against fp64 of ours and of FA2."""
-    lines = ["| causal | | ours | FA2 | ours / FA2 |", "|---|---|---:|---:|---:|"]
-    for row, case in _part(reports, "accuracy", lambda row: f"{row['shape']}, {row['dtype']}"):
-        cells = [_unavailable(row), *[""] * 3]
-        if "unavailable" not in row:
-            errors = (f"{row[name]:.2e}" for name in ("ours", "flash"))
-            cells = [row["tensor"], *errors, f"{row['ratio']:.2f}"]
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    return lines
-
-
-def _device_ms(row: Json, direction: str) -> str:
-    """A time and half the width of the middle half of its rounds."""
-    time = row[f"{direction}_ms"]
-    spread = (time["quartile_3"] - time["quartile_1"]) / 2 / time["median"]
-    host = " (with host)" if f"{direction}_rounds_with_host" in row else ""
-    return f"{time['median']:.3f} ± {spread:.1%}{host}"
-
-
 def row_kernel_table(reports: Sequence[Json]) -> list[str]:
     """The kernels between the products: their bandwidth beside a copy's."""
     lines = ["| rows × V, bf16 | kernel | ms | TB/s | of copy |", "|---|---|---:|---:|---:|"]
-    for row, shape in _part(reports, "row kernel", lambda row: f"{row['rows']}×{row['vocab']}"):
+    for row, shape in rows_of(reports, "row kernel", lambda row: f"{row['rows']}×{row['vocab']}"):
         numbers = f"{row['ms']['median']:.3f} | {row['tb_s']:.2f} | {row['share_of_copy']:.0%}"
         lines.append(f"| {shape} | {row['implementation']} | {numbers} |")
     return lines
@@ -288,11 +224,11 @@ def head_accuracy_table(reports: Sequence[Json]) -> list[str]:
         "|---|---|---:|---:|---:|",
     ]
     for row, case, name in _head_rows(reports, "accuracy"):
-        cells = [_unavailable(row), "", ""]
+        cells = [unavailable(row), "", ""]
         if "loss_error" in row:
             errors = (row[f"{part}_error"] for part in ("loss", "hidden_grad", "weight_grad"))
             cells = [f"{error:.2e}" for error in errors]
-        lines.append(f"| {case} | {name} | {' | '.join(_bold(cells, row))} |")
+        lines.append(f"| {case} | {name} | {' | '.join(bold(cells, row))} |")
     return lines
 
 
@@ -303,29 +239,9 @@ def _head_rows(reports: Sequence[Json], part: str) -> Iterator[tuple[Json, str, 
         case = f"{row['rows']}×{row['hidden']}×{row['vocab']}, {row['weight']}"
         return case + (f", {row['ignored']:.0%} of labels −100" if row["ignored"] else "")
 
-    for row, case in _part(reports, part, case_of):
-        (name,) = _bold([row["implementation"]], row)
+    for row, case in rows_of(reports, part, case_of):
+        (name,) = bold([row["implementation"]], row)
         yield row, case, name
-
-
-def _part(
-    reports: Sequence[Json], part: str, name: Callable[[Json], str]
-) -> Iterator[tuple[Json, str]]:
-    """Rows of one part, each with its group's name in the group's first row and with "" after it."""
-    for report in reports:
-        last = None
-        for row in report["rows"]:
-            if row.get("part") == part:
-                yield row, name(row) if name(row) != last else ""
-                last = name(row)
-
-
-def _bold(cells: Sequence[str], row: Json) -> list[str]:
-    return [f"**{c}**" if c and row["implementation"] == "ours" else c for c in cells]
-
-
-def _unavailable(row: Json) -> str:
-    return f"unavailable ({row.get('unavailable')})".replace("|", "\\|")
 
 
 def loss_curves_table(reports: Sequence[Json]) -> list[str]:
@@ -335,7 +251,7 @@ def loss_curves_table(reports: Sequence[Json]) -> list[str]:
         "| mean Δ | steps within stock's range |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for row, setting in _part(reports, "summary", lambda row: str(row["setting"])):
+    for row, setting in rows_of(reports, "summary", lambda row: str(row["setting"])):
         share = row["share_within"]
         cells = [
             setting,
@@ -370,7 +286,7 @@ def data_table(reports: Sequence[Json]) -> list[str]:
         def case_of(row: Json, title: str = title) -> str:
             return f"{title}: {row['case']}"
 
-        for row, case in _part(reports, part, case_of):
+        for row, case in rows_of(reports, part, case_of):
             ours = row["implementation"].startswith("ours")
             cells = [row["implementation"], _amount(row)]
             cells.append(f"{row['fill']:.2%}" if "fill" in row else "")
@@ -415,6 +331,9 @@ TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
     "head_sweep": head_sweep_table,
     "row_kernel": row_kernel_table,
     "loss_curves": loss_curves_table,
+    "lora": lora_table,
+    "lora_accuracy": lora_accuracy_table,
+    "steps": steps_table,
     "data": data_table,
     "source": source_table,
 }

@@ -1,0 +1,114 @@
+"""One training run of `steps`, in a process of its own; prints a line of JSON."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WARM = 4  # steps until what is compiled and allocated on first use is there
+_WINDOW = 4  # steps that are timed together
+
+
+class _Tokens(Dataset[dict[str, torch.Tensor]]):
+    """Random tokens, the same for everyone."""
+
+    def __init__(self, rows: int, length: int, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._ids[index], "labels": self._ids[index]}
+
+
+def run(
+    trainer: str,
+    lora: bool,
+    checkpointing: bool,
+    config: dict[str, Any],
+    batch: int,
+    length: int,
+    steps: int,
+) -> dict[str, float]:
+    """Median step, tokens per second, peak of allocated memory and mean loss.
+
+    Args:
+        trainer: "stock", "compile", "liger" or "ours".
+        lora: r=16 on all linear layers of the decoder, in fp32 as PEFT makes them; else all is trained.
+        checkpointing: of every decoder layer.
+        config: of a Llama.
+        batch, length: rows a step, tokens a row.
+        steps: the first 4 are not timed, the others by fours.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+    from transformers import TrainingArguments as Arguments
+
+    from barqtrain_hf import BarqTrainer
+
+    on_gpu = torch.cuda.is_available()
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step >= _WARM and (state.global_step - _WARM) % _WINDOW == 0:
+                if on_gpu:
+                    torch.cuda.synchronize()
+                ends.append(time.perf_counter())
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model: Any = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).bfloat16()
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        options: Any = {"r": 16, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+        model = get_peft_model(model, LoraConfig(target_modules=list(MODULES), **options))
+        if checkpointing:
+            model.enable_input_require_grads()
+    arguments = Arguments(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        bf16=True,
+        use_cpu=not on_gpu,
+        use_liger_kernel=trainer == "liger",
+        torch_compile=trainer == "compile",
+        gradient_checkpointing=checkpointing,
+        optim="adamw_torch_fused",
+        dataloader_num_workers=2 if on_gpu else 0,
+        logging_steps=steps + 1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    data = _Tokens(batch * (steps + 1), length, config["vocab_size"])
+    kind = BarqTrainer if trainer == "ours" else Trainer
+    trained = kind(model=model, args=arguments, train_dataset=data, callbacks=[Clock()])
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    loss = trained.train().training_loss
+    seconds = [(b - a) / _WINDOW for a, b in itertools.pairwise(ends)]
+    low, median, high = statistics.quantiles(seconds, n=4)
+    return {
+        "step_ms": median * 1e3,
+        "step_ms_quartile_1": low * 1e3,
+        "step_ms_quartile_3": high * 1e3,
+        "tokens_per_second": batch * length / median,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0,
+        "loss": loss,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(**json.loads(sys.argv[1]))))

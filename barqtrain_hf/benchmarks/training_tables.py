@@ -1,0 +1,47 @@
+"""Tables of whole training steps and of LoRA's layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from barqtrain_hf.benchmarks.table_rows import Json, bold, rows_of, unavailable
+
+
+def steps_table(reports: Sequence[Json]) -> list[str]:
+    """Tokens per second, peak memory and loss of every trainer, beside stock's."""
+    lines = [
+        "| trained | | tokens/s | beside HF | peak memory | mean loss |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    stock = 0.0
+    for row, case in rows_of(reports, "steps", lambda row: str(row["case"])):
+        cells = [unavailable(row), *[""] * 3]
+        if "unavailable" not in row:
+            speed = row["tokens_per_second"]
+            stock = speed if case else stock  # the first of a case
+            peak, loss = f"{row['peak_gib']:.1f} GiB", f"{row['loss']:.4f}"
+            cells = [f"{speed:,.0f}", f"{speed / stock:.2f}×", peak, loss]
+        lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
+    return lines
+
+
+def lora_table(reports: Sequence[Json]) -> list[str]:
+    """Forward and backward of layers with adapters, beside the same weights without."""
+    lines = ["| bf16 | | ms | of frozen | kept, GiB |", "|---|---|---:|---:|---:|"]
+    for which in ("linear", "layer"):
+        for row, case in rows_of(reports, which, lambda row: str(row["shape"])):
+            cells = [unavailable(row), "", ""]
+            if "unavailable" not in row:
+                cells = [f"{row['ms']['median']:.3f}"]
+                cells += [f"{row['of_frozen']:.2f}×", f"{row['kept_gib']:.3f}"]
+            lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
+    return lines
+
+
+def lora_accuracy_table(reports: Sequence[Json]) -> list[str]:
+    """Relative errors against fp64 of ours and of PEFT's layer."""
+    lines = ["| bf16 | | ours | PEFT | ours / PEFT |", "|---|---|---:|---:|---:|"]
+    for row, case in rows_of(reports, "errors", lambda row: str(row["shape"])):
+        errors = (f"{row['ours']:.2e}", f"{row['peft']:.2e}", f"{row['ours'] / row['peft']:.3f}")
+        lines.append(f"| {' | '.join([case, row['tensor'], *errors])} |")
+    return lines
