@@ -1,20 +1,32 @@
-"""Launches every kernel of the norms, activations, RoPE and attention on shapes of all paths.
+"""Launches every kernel of the norms, activations, RoPE, attention and LoRA on shapes of all paths.
 
-For compute-sanitizer:
+For compute-sanitizer, all of them or some:
 
-compute-sanitizer --tool racecheck python integration_tests/ops/every_kernel.py
+compute-sanitizer --tool racecheck python integration_tests/ops/every_kernel.py [norms lora ...]
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import torch
 from attention_cases import Case, draw, ours
 from norm_cases import DTYPES, SHAPES, misaligned
 
-from barqtrain_hf.ops import apply_rope, geglu, gelu, layer_norm, rms_norm, swiglu
+from barqtrain_hf.ops import (
+    LoraLinear,
+    _lora_gradients,
+    _lora_kernels,
+    apply_rope,
+    geglu,
+    gelu,
+    layer_norm,
+    lora_linears,
+    rms_norm,
+    swiglu,
+)
 
 EPS = 1e-6
 NORM_SHAPES = [*SHAPES, (5, 16384), (3, 16392), (3, 16385), (700, 32), (3, 1), (300, 2048)]
@@ -51,6 +63,12 @@ ATTENTION_CASES = [
     ),
     Case(DOCUMENTS, heads=(2, 1), softcap=20.0, rope="half"),
     Case((1,), 2),
+]
+# Rows, dimensions in, dimensions out and ranks of layers that are computed together.
+LORA_SHAPES = [
+    (257, 72, ((264, 4), (520, 16), (8, 40))),
+    (1030, 136, ((200, 32),)),
+    (2100, 320, ((2056, 64), (8, 9))),
 ]
 
 
@@ -105,14 +123,36 @@ def attention(dtype: torch.dtype, case: Case) -> None:
     ours(case, "cuda")(*(misaligned(t) for t in inputs))
 
 
+def lora(dtype: torch.dtype, rows: int, wide: int, sizes: tuple[tuple[int, int], ...]) -> None:
+    x = leaf(dtype, rows, wide)
+    layers = [
+        LoraLinear(
+            leaf(dtype, out, wide).detach(),
+            leaf(torch.float32, rank, wide),
+            leaf(torch.float32, out, rank),
+            2.0,
+            leaf(dtype, out).detach(),
+        )
+        for out, rank in sizes
+    ]
+    adapters = [t for layer in layers for t in (layer.lora_a, layer.lora_b)]
+    backward(lora_linears(x, layers, backend="cuda"), x, *adapters)
+
+
 if __name__ == "__main__":
-    for dtype in DTYPES:
-        for norm_shape in NORM_SHAPES:
-            norms(dtype, *norm_shape)
-        for glu_shape in GLU_SHAPES:
-            activations(dtype, *glu_shape)
-        for rope_shape in ROPE_SHAPES:
-            rotations(dtype, rope_shape)
-        for case in ATTENTION_CASES if dtype is not torch.float32 else ():
-            attention(dtype, case)
+    # The kernels also where cuBLAS is faster.
+    _lora_kernels._LEAST_BUSY = 0.0
+    _lora_gradients._MOST = dict.fromkeys(_lora_gradients._MOST, 2**40)
+    groups: dict[Any, list[Any]] = {
+        norms: NORM_SHAPES,
+        activations: GLU_SHAPES,
+        rotations: [(shape,) for shape in ROPE_SHAPES],
+        attention: [(case,) for case in ATTENTION_CASES],
+        lora: LORA_SHAPES,
+    }
+    wanted = sys.argv[1:] or [group.__name__ for group in groups]
+    for dtype, (group, shapes) in itertools.product(DTYPES, groups.items()):
+        if group.__name__ in wanted and (dtype is not torch.float32 or group is not attention):
+            for shape in shapes:
+                group(dtype, *shape)
     torch.cuda.synchronize()
