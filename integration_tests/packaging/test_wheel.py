@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import barqtrain_hf
 
@@ -31,16 +32,20 @@ def run(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "maturin", "build", "--release", "--out", target, cwd=REPOSITORY)
+    # Two workers of pytest-xdist may each need one; maturin stages both in the same folder.
+    with FileLock(target.parents[1] / "maturin.lock"):
+        run(sys.executable, "-m", "maturin", "build", "--release", "--out", target, cwd=REPOSITORY)
     (path,) = target.glob("*.whl")
     return path
 
 
 def test_wheel_carries_the_sources_and_nothing_else(wheel: Path) -> None:
     assert re.search(r"-cp310-abi3-\w+\.whl$", wheel.name)
-    names = zipfile.ZipFile(wheel).namelist()
-    sources = {p.name for p in (REPOSITORY / "cuda").iterdir()}
-    carried = {n.split("/")[-1] for n in names if n.startswith("barqtrain_hf/_cuda/")}
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    sources = {p.name: p.read_bytes() for p in (REPOSITORY / "cuda").iterdir()}
+    folder = "barqtrain_hf/_cuda/"
+    carried = {n.removeprefix(folder): archive.read(n) for n in names if n.startswith(folder)}
     assert carried == sources and "rms_norm.cu" in carried
     # A top-level cuda/ would land in the namespace of NVIDIA's own packages.
     tops = {n.split("/")[0] for n in names}
@@ -66,7 +71,9 @@ def test_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None
     where, packed = run(python, "-c", code, cwd=tmp_path).split(" ", 1)
     assert Path(where).is_relative_to(tmp_path / "venv")
     assert packed.strip() == "[2, 1]"
-    printed = run(python, "-m", "barqtrain_hf.runtime", "--arch", "80", cwd=tmp_path)
+    # The files are those that test_compiler.py compiles, byte for byte; here they find their headers.
+    compiled = ("--arch", "80", "--source", "glu.cu", "targets.cu")
+    printed = run(python, "-m", "barqtrain_hf.runtime", *compiled, cwd=tmp_path)
     assert "0 spill" in printed
     assert "demo" in run(tmp_path / "venv" / "bin" / "barqtrain", "--help", cwd=tmp_path)
 

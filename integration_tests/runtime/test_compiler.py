@@ -7,14 +7,15 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from barqtrain_hf.errors import ArgumentError, KernelBuildError, UnsupportedError
-from barqtrain_hf.runtime import Kernel, compiler, device
-from barqtrain_hf.runtime.__main__ import compile_all, main
-from barqtrain_hf.runtime.compiler import compile_program, cubin_for, instantiations
+from barqtrain_hf.runtime import Kernel, __main__, compiler, device
+from barqtrain_hf.runtime.__main__ import main
+from barqtrain_hf.runtime.compiler import Program, compile_program, cubin_for, instantiations
 
 SOURCE, NAME = "rms_norm.cu", "column_sum<float,4>"
 
@@ -25,31 +26,54 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kernels"
 
 
-def test_every_shipped_kernel_compiles_everywhere_without_spills() -> None:
+# One test each, so that processes share the work.
+@pytest.mark.parametrize("arch", device.SHIPPED_ARCHITECTURES)
+@pytest.mark.parametrize("source", compiler.shipped_sources())
+def test_every_shipped_kernel_compiles_everywhere_without_spills(source: str, arch: str) -> None:
     # On sm_75 this also proves that no bf16 instruction is used: ptxas refuses them there.
-    compiled = 0
-    for source, arch, program in compile_all(
-        compiler.shipped_sources(), device.SHIPPED_ARCHITECTURES
-    ):
-        assert program.cubin[:4] == b"\x7fELF"
-        assert set(program.resources) == set(instantiations(source, arch))
-        # Hopper's products run one after another where ptxas does not trust the code around them.
-        assert "serialized" not in program.log, program.log
-        for name, used in program.resources.items():
-            assert used.spill_bytes == 0, f"{name} spills {used.spill_bytes} bytes on sm_{arch}"
-            assert 0 < used.registers <= 255
-            if name.startswith("flash_attention_backward_hopper"):
-                # Its warpgroups share these anew; with fewer they would wait for the rest forever.
-                assert used.registers == 168, name
-            compiled += 1
-    jobs = itertools.product(compiler.shipped_sources(), device.SHIPPED_ARCHITECTURES)
-    assert compiled == sum(len(instantiations(*job)) for job in jobs)
+    program = compile_program(source, instantiations(source, arch), arch)
+    assert program.cubin[:4] == b"\x7fELF"
+    assert set(program.resources) == set(instantiations(source, arch))
+    # Hopper's products run one after another where ptxas does not trust the code around them.
+    assert "serialized" not in program.log, program.log
+    for name, used in program.resources.items():
+        assert used.spill_bytes == 0, f"{name} spills {used.spill_bytes} bytes on sm_{arch}"
+        assert 0 < used.registers <= 255
+        if name.startswith("flash_attention_backward_hopper"):
+            # Its warpgroups share these anew; with fewer they would wait for the rest forever.
+            assert used.registers == 168, name
+
+
+def test_every_kernel_is_meant_for_a_shipped_architecture() -> None:
+    assert len(compiler.shipped_sources()) > 5
+    for source in compiler.shipped_sources():
+        jobs = itertools.product([source], device.SHIPPED_ARCHITECTURES)
+        compiled = {name for job in jobs for name in instantiations(*job)}
+        assert compiled == set(instantiations(source)) != set(), source
 
 
 def test_the_command_prints_resources(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--arch", "75"]) == 0
+    assert main(["--arch", "75", "80", "--source", "scale.cu", "targets.cu"]) == 0
     printed = capsys.readouterr().out
-    assert "column_sum<float,4>" in printed and "0 spill" in printed
+    rows = re.findall(r"(\w+)<\w+> +│ (sm_\d+) │", printed)
+    kernels = ["scale_in_place"] * 3 + ["scale_to"] * 2 + ["count_targets"]
+    assert sorted(rows) == sorted(itertools.product(kernels, ["sm_75", "sm_80"])), printed
+    assert "12 kernels compiled, 0 spill" in printed
+
+
+def test_the_command_compiles_everything_unless_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[Sequence[str], Sequence[str]]] = []
+
+    def compile_nothing(*jobs: Sequence[str]) -> Iterator[tuple[str, str, Program]]:
+        asked.append(jobs)
+        return iter(())
+
+    monkeypatch.setattr(__main__, "compile_all", compile_nothing)
+    assert main([]) == 0
+    assert asked == [(compiler.shipped_sources(), device.SHIPPED_ARCHITECTURES)]
+    assert "0 kernels compiled, 0 spill" in capsys.readouterr().out
 
 
 def test_a_spill_is_seen_and_fails_the_command(
@@ -139,17 +163,26 @@ def test_a_silent_ptxas_matters_only_to_who_asks() -> None:
 
 
 def test_many_processes_build_at_once(cache: Path) -> None:
+    # Forked after the imports, so that they really build at the same moment.
     code = (
-        "from barqtrain_hf.runtime.compiler import cubin_for;"
-        f"path, name = cubin_for({SOURCE!r}, {NAME!r}, '80'); print(path.stem, name)"
+        "import multiprocessing\n"
+        "from cupy.cuda import nvrtc\n"
+        "from barqtrain_hf.runtime.compiler import cubin_for\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "together, names = context.Barrier(4), context.SimpleQueue()\n"
+        "def build():\n"
+        "    together.wait()\n"
+        f"    names.put(cubin_for({SOURCE!r}, {NAME!r}, '80')[1])\n"
+        "processes = [context.Process(target=build) for _ in range(4)]\n"
+        "for process in processes: process.start()\n"
+        "for process in processes: process.join()\n"
+        "assert [process.exitcode for process in processes] == [0] * 4\n"
+        "assert len({names.get() for _ in processes}) == 1\n"
     )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    outputs = {process.communicate(timeout=120)[0] for process in processes}
-    assert all(process.returncode == 0 for process in processes)
-    assert len({output.split()[1] for output in outputs}) == 1
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
     assert not [p for p in cache.iterdir() if p.name.startswith(".")], "temporary files left"
     assert cubin_for(SOURCE, NAME, "80")[0].is_file()
 
