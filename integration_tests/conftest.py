@@ -1,14 +1,17 @@
-"""Shared by all tests: no hub, two threads, and what a GPU test needs."""
+"""Shared by all tests: no hub, one thread where processes share the cores, and what a GPU test needs."""
 
 from __future__ import annotations
 
 import collections
+import gc
 import json
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, and by child processes
 
 import pytest
 import torch
@@ -44,7 +47,7 @@ class _Results:
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--results")
-    if path is not None:
+    if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to one
         config.pluginmanager.register(_Results(path))
 
 
@@ -54,6 +57,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skipif(True, reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    # Every Trainer calls gc.collect(), which would look at all that was imported, for most of the test.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # extensions complain at exit of what was never collected
 
 
 @pytest.fixture(autouse=True)

@@ -16,12 +16,18 @@ sys.path[:0] = [{tests!r}, {tests!r} + "/trainer"]
 import torch
 torch.set_num_threads(1)
 """
+# A thread of gloo may give back the last tensor while the interpreter ends, which aborts the process.
+_EPILOGUE = """
+import os
+sys.stdout.flush()
+os._exit(0)
+"""
 
 
 def run_on_two_ranks(script: str, folder: Path) -> str:
     """Runs ``script`` with ``folder`` as its argument; returns what it printed."""
     path = folder / "script.py"
-    path.write_text(_PROLOGUE.format(tests=str(TESTS)) + script)
+    path.write_text(_PROLOGUE.format(tests=str(TESTS)) + script + _EPILOGUE)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     process = subprocess.run(
         [*launch, str(path), str(folder)],

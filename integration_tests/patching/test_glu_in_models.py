@@ -129,7 +129,17 @@ def test_gate_and_up_in_one_projection() -> None:
         ({"last_step": lambda y: (y, None)}, "does not return what down_proj returns"),
         ({"last_step": lambda y: y.no_such_method()}, "fails on the probe: AttributeError"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=[
+        "relu",
+        "scaled sigmoid",
+        "clamped silu",
+        "clamped product",
+        "dropout of the product",
+        "doubled",
+        "dropout at the end",
+        "a tuple",
+        "an error",
+    ],
 )
 def test_other_mlps_are_left_alone(options: dict[str, Any], why: str) -> None:
     mlp = Gated(**options)
