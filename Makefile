@@ -4,27 +4,39 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 CRATES := rust/core rust/text rust/py
+# One process a core, each with one thread; whoever has nothing left to do takes tests from another. At most
+# four: a container may see more cores than it gets.
+PYTEST := $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=worksteal
 SOURCES := pyproject.toml README.md $(shell find rust -name target -prune -o -type f -print)
 
 export HF_HUB_OFFLINE := 1
 # One folder for all crates, so that what two of them need is built once.
 export CARGO_TARGET_DIR := $(CURDIR)/rust/target
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# While pip waits for the network, cargo compiles.
+MAKEFLAGS += --jobs=2
+unexport MAKEFLAGS # cargo would look for a job server in it
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-rust lint lint-python lint-rust format clean
 
 # The user's own data: make demo DATA=path. Further options: make demo ARGS="--seed 1".
 demo: $(VENV)/.demo
 	$(BIN)/barqtrain demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
-test: lint
-	for crate in $(CRATES); do (cd $$crate && cargo test --quiet) || exit 1; done
-	$(BIN)/python -m pytest
+test: lint-python test-rust
+	$(PYTEST)
 
-lint: $(VENV)/.dev
+test-rust: lint-rust
+	for crate in $(CRATES); do (cd $$crate && cargo test --quiet) || exit 1; done
+
+lint: lint-python lint-rust
+
+lint-python: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lint-rust:
 	for crate in $(CRATES); do \
 	  (cd $$crate && cargo fmt --check && cargo clippy --quiet --all-targets -- -D warnings) || exit 1; \
 	done
