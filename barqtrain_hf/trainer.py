@@ -21,6 +21,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_pt_utils import LabelSmoother
 
 from barqtrain_hf.callbacks import BarqKernelsCallback
+from barqtrain_hf.checkpoints import (
+    begin_checkpoint,
+    checkpoint_folder,
+    last_whole_checkpoint,
+    read_stream_state,
+)
 from barqtrain_hf.config import BarqConfig
 from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
 from barqtrain_hf.errors import DataError, UnsupportedError
@@ -34,6 +40,7 @@ from barqtrain_hf.patching import (
     unwrap,
 )
 from barqtrain_hf.patching.head import OP as FUSED_HEAD
+from barqtrain_hf.streaming import StreamTraining
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +50,14 @@ class BarqTrainer(Trainer):
 
     With `BarqTrainingArguments` the flags `use_barq_kernels` and `barq_config` choose what is installed;
     with plain `TrainingArguments` everything is. A `PackedDataset` brings its own collator and is packed
-    anew for every epoch, except with ``dataloader_persistent_workers``. Logs gain `tokens_per_second`,
-    `peak_memory_gib`, and where they apply `packing_fill` and `mfu`.
+    anew for every epoch, except with ``dataloader_persistent_workers``. A `PackedStream` as train_dataset
+    hands out whole batches, which no collator sees; its place is in every checkpoint. Logs gain
+    `tokens_per_second`, `peak_memory_gib`, and where they apply `packing_fill` and `mfu`.
 
     Raises:
         UnsupportedError: `use_liger_kernel` with its fused cross-entropy, several GPUs in one process
-            (nn.DataParallel), or a `PackedStream`.
+            (nn.DataParallel); a `PackedStream` as eval_dataset, or with workers of a DataLoader.
+        ArgumentError: a `PackedStream` without max_steps.
         DataError: an empty train_dataset.
     """
 
@@ -63,15 +72,17 @@ class BarqTrainer(Trainer):
         datasets = [given.get("train_dataset"), *_each(given.get("eval_dataset"))]
         if hasattr(datasets[0], "__len__") and len(datasets[0]) == 0:
             raise DataError("train_dataset is empty: there is nothing to train on.")
-        if any(isinstance(dataset, PackedStream) for dataset in datasets):
+        self._stream: StreamTraining | None = None
+        if isinstance(datasets[0], PackedStream):
+            self._stream = StreamTraining(datasets[0], training_args)
+        if any(isinstance(dataset, PackedStream) for dataset in datasets[1:]):
             raise UnsupportedError(
-                "BarqTrainer does not train on a PackedStream yet: its batches would be collated again, "
-                "and its state would not be saved with the model.",
-                "Pass PackedDataset(tokenize(dataset, tokenizer, path), max_length), or read the stream in "
-                "a loop of your own.",
+                "eval_dataset is a PackedStream, whose batches would be collated again, and begin with "
+                "another epoch each time.",
+                "Pass PackedDataset(tokenize(dataset, tokenizer, path), max_length).",
             )
         if given.get("data_collator") is None and any(
-            isinstance(d, PackedDataset) for d in datasets
+            isinstance(d, (PackedDataset, PackedStream)) for d in datasets
         ):
             given["data_collator"] = BarqDataCollator()  # it takes rows that are not packed too
         super().__init__(**given)
@@ -99,6 +110,10 @@ class BarqTrainer(Trainer):
         self.add_callback(self._loss_filter)
         if isinstance(self.train_dataset, PackedDataset):
             self.add_callback(_Repack(self.train_dataset))
+        elif isinstance(self.train_dataset, PackedStream):
+            # Also one that a subclass made of what it was given.
+            self._stream = self._stream or StreamTraining(self.train_dataset, self.args)
+            self.add_callback(self._stream)
 
     @property
     def barq_report(self) -> PatchReport:
@@ -115,17 +130,37 @@ class BarqTrainer(Trainer):
         self.__dict__.pop("_matrix_parameters", None)
         return model
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; the stock forwards are back afterwards, whatever happened."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in Trainer; the stock forwards are back afterwards, whatever happened.
+
+        With ``resume_from_checkpoint=True`` checkpoints that a killed run did not finish are passed over.
+
+        Raises:
+            DataError: there is none to resume from, or it does not say where the `PackedStream` was.
+            ArgumentError: it is one of another `PackedStream`.
+        """
+        if resume_from_checkpoint is True:
+            check = (lambda folder: None) if self._stream is None else read_stream_state
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, check)
         try:
+            if self._stream is not None:
+                self._stream.begin(self.args, resume_from_checkpoint or None)
             if self._kernels is not None and self.model is not None:
                 self._kernels.install_head(self.model)  # the head may have been replaced since
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._meter = None
             self._loss_filter.restore()
+            if self._stream is not None:
+                self._stream.end(self.args)
             if self._kernels is not None:
                 self._kernels.restore()
+
+    def get_train_dataloader(self) -> Any:
+        """As in Trainer; a `PackedStream` hands out its batches itself."""
+        return super().get_train_dataloader() if self._stream is None else self._stream.loader(self)
 
     def compute_loss(
         self,
@@ -225,9 +260,15 @@ class BarqTrainer(Trainer):
         with self._not_training():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         with self._not_training():
-            super()._save_checkpoint(*args, **kwargs)
+            if self.args.should_save:
+                folder = self._get_output_dir(trial=trial)
+                folder = checkpoint_folder(folder, self.state.global_step)
+                begin_checkpoint(folder)
+                if self._stream is not None and not self.args.save_only_model:
+                    self._stream.save(folder)
+            super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _not_training(self) -> AbstractContextManager[None]:
         return nullcontext() if self._meter is None else self._meter.paused()

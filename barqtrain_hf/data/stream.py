@@ -8,11 +8,9 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
-import numpy as np
 import torch
 
 from barqtrain_hf import _rust
-from barqtrain_hf.data.batch import packed_batch
 from barqtrain_hf.data.dataset import Overflow
 from barqtrain_hf.data.packing import non_negative_int, positive_int
 from barqtrain_hf.data.prefetch import Prefetcher
@@ -20,7 +18,14 @@ from barqtrain_hf.data.ranks import find_rank
 from barqtrain_hf.data.readers import TextReader, TokenReader
 from barqtrain_hf.data.source import Source
 from barqtrain_hf.data.tokenizer import FastTokenizer
-from barqtrain_hf.data.window import Packing, Reader, Window, next_window
+from barqtrain_hf.data.window import (
+    Packing,
+    Reader,
+    Window,
+    WindowRow,
+    join_rows,
+    next_window,
+)
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -59,14 +64,15 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         max_length: tokens a row can hold.
         tokenizer: a fast tokenizer, or a `FastTokenizer` for other than its default settings.
         text_column: as in `tokenize`.
-        batch_size: rows of each batch.
+        batch_size: rows of each batch; without it 1, and in a `BarqTrainer` its
+            ``per_device_train_batch_size``.
         overflow: as in `PackedDataset`. By default long texts are split, and all else that is too long
             is refused: splitting would part completions from their prompts.
         seed: chooses which documents share a row, and the order of rows in a window.
         rank: which of the ranks this is. Without it and ``world_size``, both are those of
             ``torch.distributed``, else of the environment (``RANK`` and ``WORLD_SIZE``), else 0 and 1.
             Where something else deals batches to the ranks, as ``accelerator.prepare`` of a DataLoader
-            does, pass 0 and 1.
+            does, pass 0 and 1; `BarqTrainer` does not.
         world_size: how many there are.
 
     Raises:
@@ -84,20 +90,25 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         *,
         tokenizer: Any = None,
         text_column: str | None = None,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         overflow: Overflow | None = None,
         seed: int = 0,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
         self.max_length = positive_int("max_length", max_length)
-        self.batch_size = positive_int("batch_size", batch_size)
+        self.batch_size = 1 if batch_size is None else positive_int("batch_size", batch_size)
         self.rank, self.world_size = find_rank(rank, world_size)
+        self._given = {
+            name
+            for name, value in (("batch_size", batch_size), ("rank", rank))
+            if value is not None
+        }
         if overflow is not None and overflow not in get_args(Overflow):
             raise ArgumentError(
                 f"overflow is {overflow!r}: choose one of {', '.join(get_args(Overflow))}."
             )
-        self._overflow, self._epoch = overflow, 0
+        self._overflow = overflow
         self._seed = non_negative_int("seed", seed)
         self._source = Source(dataset)
         if self._source.split_by_node and self.world_size > 1:
@@ -123,7 +134,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             "documents": self._source.size,
             "shuffling": self._source.shuffling,
         }
-        self._next = self._start = _Place(None, 0)
+        self._next = self._start = Place(0)
         self._losses, self._left_out, self._warned = _NO_LOSSES, 0, False
 
     def set_epoch(self, epoch: int) -> None:
@@ -134,9 +145,29 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             ArgumentTypeError: it is not an integer.
         """
         epoch = non_negative_int("epoch", epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._next = self._start = _Place(None, 0)
+        if epoch != self._next.epoch:
+            self.seek(Place(epoch))
+
+    def deal(self, batch_size: int, rank: int, world_size: int) -> None:
+        """Takes what was not said at construction, before the first batch; a trainer calls it.
+
+        Raises:
+            ArgumentError: something else was said.
+        """
+        for name, ours, theirs in (
+            ("batch_size", self.batch_size, batch_size),
+            ("rank", (self.rank, self.world_size), (rank, world_size)),
+        ):
+            if name in self._given and ours != theirs:
+                asked = (
+                    f"batch_size is {ours} here and per_device_train_batch_size is {theirs}"
+                    if name == "batch_size"
+                    else f"rank and world_size are {ours} here and {theirs} in the trainer"
+                )
+                raise ArgumentError(
+                    f"PackedStream: {asked}: leave {name} out, and the trainer says what it is."
+                )
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches as `BarqDataCollator` makes them: after `load_state_dict` from that place on, else from
@@ -151,7 +182,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 "PackedStream runs threads of its own, and every worker would read every document.",
                 "Pass num_workers=0 (dataloader_num_workers=0).",
             )
-        self._next, self._start = self._start, _Place(None, 0)
+        self._next, self._start = self._start, Place(self._start.epoch)
         return self._iterate(self._next)
 
     @property
@@ -165,13 +196,13 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         """
         return {**dict(zip(_LOSSES, self._losses, strict=True)), "left_out_rows": self._left_out}
 
-    def _iterate(self, place: _Place) -> Iterator[dict[str, Any]]:
-        epoch = self._epoch
+    def _iterate(self, place: Place) -> Iterator[dict[str, Any]]:
+        epoch = place.epoch
         packing = Packing(self.max_length, self._overflow, self._seed, epoch)
         source = copy.copy(self._source)  # the thread of an iteration that was given up has its own
         source.seek(None if place.window is None else place.window.place, epoch)
         self._losses, self._left_out = _NO_LOSSES, 0
-        rows: list[_Row] = []
+        rows: list[WindowRow] = []
         with Prefetcher(self._windows(source, place.window, packing)) as prefetcher:
             windows = iter(prefetcher)
             ahead, start = [next(windows)], place.row
@@ -179,14 +210,14 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 window = ahead[0]
                 self._count_losses(window)
                 for number in range(start, window.num_rows):
-                    rows.append(_Row(window, number))
+                    rows.append(WindowRow(window, number))
                     if len(rows) == self.batch_size * self.world_size:
                         # Before the place is set: it may raise, and then the batch is not handed out.
                         if self._rows_after(number, ahead, windows) < self.world_size:
                             # Nothing follows: to resume here is to begin the next epoch.
-                            self._epoch, self._next = epoch + 1, _Place(None, 0)
+                            self._next = self._start = Place(epoch + 1)
                         else:
-                            self._next = _Place(window, number + 1)
+                            self._next = Place(epoch, window, number + 1)
                         yield self._batch(rows)
                         rows = []
                 start = 0
@@ -198,11 +229,11 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 "dataset has no documents with tokens to train on, or is an iterator that was read before: "
                 "pass an object whose __iter__ starts again."
             )
-        self._epoch, self._next = epoch + 1, _Place(None, 0)
+        self._next = self._start = Place(epoch + 1)
         self._left_out = len(rows) if len(rows) < self.world_size else 0
         self._log(window)
         if rows and not self._left_out:
-            yield _join(rows[self.rank :: self.world_size])
+            yield join_rows(rows[self.rank :: self.world_size])
 
     def _rows_after(self, number: int, ahead: list[Window], windows: Iterator[Window]) -> int:
         """How many rows follow row ``number`` of the first window; fewer than the ranks only if no more do.
@@ -223,13 +254,13 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             window.plan  # noqa: B018 (made here, on this thread)
             yield window
 
-    def _batch(self, rows: list[_Row]) -> dict[str, Any]:
+    def _batch(self, rows: list[WindowRow]) -> dict[str, Any]:
         if self.world_size == 1:
-            return _join(rows)
+            return join_rows(rows)
         lengths = [row.window.lengths_of(row.number) for row in rows]
         order = _rust.balance(lengths, self.world_size, _LINEAR_COST)
         first = self.rank * self.batch_size
-        return _join([rows[at] for at in sorted(order[first : first + self.batch_size])])
+        return join_rows([rows[at] for at in sorted(order[first : first + self.batch_size])])
 
     def _count_losses(self, window: Window) -> None:
         self._losses = window.losses
@@ -251,8 +282,22 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             else "",
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream is after the batch that was handed out last.
+    @property
+    def place(self) -> Place:
+        """Where the stream is after the batch that was handed out last; costs nothing to ask."""
+        return self._next
+
+    @property
+    def beginning(self) -> Place:
+        """Where the next iteration will begin."""
+        return self._start
+
+    def seek(self, place: Place) -> None:
+        """The next iteration begins at ``place``."""
+        self._next = self._start = place
+
+    def state_dict(self, place: Place | None = None) -> dict[str, Any]:
+        """Where the stream is after the batch that was handed out last, or what it was at a `place`.
 
         It holds the documents of one window, so its size is bounded, and a data set that can begin at any
         row reads none again to resume. It is the same on every rank, and good for another ``world_size``
@@ -261,11 +306,11 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         Returns:
             ints, strings and tensors, which ``torch.save`` and ``torch.load`` take.
         """
-        window, row = self._next
+        epoch, window, row = self._next if place is None else place
         return {
             **self._made_from,
             "fingerprint": self._source.fingerprint,
-            "epoch": self._epoch if window is None else window.packing.epoch,
+            "epoch": epoch,
             "row": row,
             "window": None if window is None else window.state(),
         }
@@ -310,8 +355,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         if window is not None and window.last and rows - row < self.world_size:
             # It was taken with fewer ranks; for these nothing is left of the epoch.
             epoch, row, window = epoch + 1, 0, None
-        self._epoch = epoch
-        self._next = self._start = _Place(window, row)
+        self.seek(Place(epoch, window, row))
 
     def _compare(self, state: Mapping[str, Any]) -> None:
         for key, value in self._made_from.items():
@@ -340,35 +384,9 @@ def _describe(losses: tuple[int, ...]) -> str:
     )
 
 
-class _Place(NamedTuple):
-    """The next row to hand out; without a window, the first of an epoch."""
+class Place(NamedTuple):
+    """The next row to hand out; without a window, the first of the epoch."""
 
-    window: Window | None
-    row: int
-
-
-class _Row(NamedTuple):
-    window: Window
-    number: int
-
-
-def _join(rows: list[_Row]) -> dict[str, Any]:
-    """The rows of a batch, which may be of two windows, end to end."""
-    parts = [
-        window.assemble([row.number for row in rows if row.window is window])
-        for window in {row.window.number: row.window for row in rows}.values()
-    ]
-    if len(parts) == 1:
-        return packed_batch(*parts[0])
-    input_ids, labels, positions, boundaries, longest = zip(*parts, strict=True)
-    ends = np.cumsum([len(ids) for ids in input_ids])
-    joined = [boundaries[0]] + [
-        part[1:] + np.int32(begin) for part, begin in zip(boundaries[1:], ends, strict=False)
-    ]
-    return packed_batch(
-        np.concatenate(input_ids),
-        np.concatenate(labels),
-        np.concatenate(positions),
-        np.concatenate(joined),
-        max(longest),
-    )
+    epoch: int
+    window: Window | None = None
+    row: int = 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import operator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from barqtrain_hf import _rust
+from barqtrain_hf.data.batch import packed_batch
 from barqtrain_hf.data.fit import fit_documents
 from barqtrain_hf.data.rows import Tokens
 from barqtrain_hf.data.source import Source
@@ -153,6 +154,35 @@ class Window:
                 "the state is damaged; pass an older one."
             )
         return window
+
+
+class WindowRow(NamedTuple):
+    """Row ``number`` of a window."""
+
+    window: Window
+    number: int
+
+
+def join_rows(rows: list[WindowRow]) -> dict[str, Any]:
+    """The rows of a batch, which may be of two windows, end to end."""
+    parts = [
+        window.assemble([row.number for row in rows if row.window is window])
+        for window in {row.window.number: row.window for row in rows}.values()
+    ]
+    if len(parts) == 1:
+        return packed_batch(*parts[0])
+    input_ids, labels, positions, boundaries, longest = zip(*parts, strict=True)
+    ends = np.cumsum([len(ids) for ids in input_ids])
+    joined = [boundaries[0]] + [
+        part[1:] + np.int32(begin) for part, begin in zip(boundaries[1:], ends, strict=False)
+    ]
+    return packed_batch(
+        np.concatenate(input_ids),
+        np.concatenate(labels),
+        np.concatenate(positions),
+        np.concatenate(joined),
+        max(longest),
+    )
 
 
 def next_window(before: Window | None, source: Source, reader: Reader, packing: Packing) -> Window:

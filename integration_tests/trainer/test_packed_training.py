@@ -14,8 +14,7 @@ from test_parity import arguments
 from transformers import Trainer, TrainingArguments
 
 from barqtrain_hf import BarqKernelsCallback, BarqTrainer, BarqTrainingArguments
-from barqtrain_hf.data import PackedDataset, PackedStream, tokenize
-from barqtrain_hf.errors import UnsupportedError
+from barqtrain_hf.data import PackedDataset, tokenize
 from barqtrain_hf.metrics import attention_flops_per_pair, flops_per_token
 
 
@@ -106,13 +105,6 @@ def test_every_epoch_is_packed_anew_and_resumed_in_its_middle(tmp_path: Path) ->
     steps = -(-batches // 2)
     resumed = train(tmp_path / "resumed", 2, tmp_path / "whole" / f"checkpoint-{steps + 2}")
     assert resumed == second[4:]
-
-
-@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
-def test_a_stream_is_refused_with_the_way_round(name: str, tmp_path: Path) -> None:
-    stream = PackedStream(documents(3), 64)
-    with pytest.raises(UnsupportedError, match=r"does not train on a PackedStream yet.*tokenize"):
-        BarqTrainer(tiny_model("llama"), TrainingArguments(**arguments(tmp_path)), **{name: stream})
 
 
 def test_training_on_a_store_of_text(tmp_path: Path) -> None:
