@@ -10,9 +10,17 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from barqtrain_hf.config import BarqConfig
-from barqtrain_hf.patching import PatchReport, patch_model, unpatch_model
+from barqtrain_hf.patching import PatchReport, asks_for_trl_head, patch_model, unpatch_model
 
 logger = logging.getLogger(__name__)
+
+_UNDER_STOCK = (
+    "linear_cross_entropy: a stock Trainer asks for logits; BarqTrainer for the loss without them"
+)
+_UNDER_TRL = (
+    "fused_lm_head: for supervised fine-tuning, BarqSFTTrainer also takes the loss's gradient in the "
+    "forward pass, waits for metrics only when it logs, and packs"
+)
 
 
 class BarqKernelsCallback(TrainerCallback):
@@ -20,14 +28,20 @@ class BarqKernelsCallback(TrainerCallback):
 
     With a stock `Trainer` this gives every op but the fused loss, which needs `BarqTrainer` to ask for
     it; its forward is put in place at construction, before accelerate wraps the model, and is inert.
+    TRL's trainers with a fused head of their own (SFTTrainer, DPOTrainer and others) ask TRL's for the
+    log-probabilities of labels; while they train, ours answers.
 
     Args:
         config: which ops; see `BarqConfig.load`.
+
+    Attributes:
+        report: what was installed, what was not and why, and what only our trainers give.
     """
 
     def __init__(self, config: BarqConfig | dict[str, Any] | str | None = None) -> None:
         self.config = BarqConfig.load(config)
         self.report: PatchReport | None = None
+        self.of_our_trainer = False  # which asks for everything
         self._model: nn.Module | None = None
 
     def on_init_end(
@@ -50,17 +64,27 @@ class BarqKernelsCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Installs the leaf ops."""
-        if model is not None:
-            self._model = model
-            config, reason = self.config, _brings_attention(args)
-            if reason is not None:
-                config = replace(config, attention=False)
-            self.report = patch_model(model, config, fused_head=False)
-            if self.config.attention and reason is not None:
-                self.report.forget("attention")
-                self.report.skip("attention", "", reason)
-            logger.info("%s", self.report)
+        """Installs the leaf ops, and over TRL's fused head what answers in its place."""
+        if model is None:
+            return
+        self._model = model
+        config, attention = self.config, _brings_attention(args)
+        if attention is not None:
+            config = replace(config, attention=False)
+        trl = asks_for_trl_head(model)
+        kept = _keeps_trl_head(args) if trl else None
+        self.report = patch_model(model, config, fused_head=trl and kept is None)
+        for op, wanted, reason in (
+            ("attention", self.config.attention, attention),
+            ("fused_lm_head", self.config.linear_cross_entropy, kept),
+        ):
+            if wanted and reason is not None:
+                self.report.forget(op)
+                self.report.skip(op, "", reason)
+        note = _UNDER_TRL if trl else _UNDER_STOCK
+        if not self.of_our_trainer and note not in self.report.notes:
+            self.report.notes.append(note)
+        logger.info("%s", self.report)
 
     def on_train_end(
         self,
@@ -88,4 +112,13 @@ def _brings_attention(args: TrainingArguments) -> str | None:
     parallelism = getattr(args, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         return "context or sequence parallelism splits rows over ranks and needs its own attention"
+    return None
+
+
+def _keeps_trl_head(args: TrainingArguments) -> str | None:
+    """Why TRL's fused head must answer itself in this run, or None."""
+    if getattr(args, "entropy_coef", 0.0) or getattr(args, "use_adaptive_entropy", False):
+        return "the loss has an entropy bonus, and ours gives the entropy without a gradient"
+    if getattr(args, "cast_lm_head_to_fp32", False):
+        return "cast_lm_head_to_fp32=True wants its product in fp32"
     return None

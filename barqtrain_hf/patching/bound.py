@@ -9,12 +9,17 @@ from torch import nn
 
 
 class Bound(NamedTuple):
-    """A method of ours on an instance."""
+    """A method of ours on an instance.
+
+    Attributes:
+        previous: what it lies over, where that is on the instance too.
+    """
 
     op: str
     module: nn.Module
     attribute: str
     method: Any
+    previous: Any = None
 
     @classmethod
     def of(cls, op: str, module: nn.Module, attribute: str, function: Any) -> Bound:
@@ -36,5 +41,9 @@ class Bound(NamedTuple):
 
     def remove(self) -> None:
         """Takes it off, unless something else is there by now."""
-        if self.module.__dict__.get(self.attribute) is self.method:
+        if self.module.__dict__.get(self.attribute) is not self.method:
+            return
+        if self.previous is None:
             delattr(self.module, self.attribute)
+        else:
+            setattr(self.module, self.attribute, self.previous)

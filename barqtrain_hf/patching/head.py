@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,10 @@ from barqtrain_hf.ops import CountedTarget, linear_cross_entropy
 from barqtrain_hf.ops._targets import capturing
 from barqtrain_hf.patching import head_lora, probe, sharding
 from barqtrain_hf.patching.bound import Bound
+from barqtrain_hf.patching.token_output import TokenOutput, auxiliary_loss, mean_logits
 
 OP = "linear_cross_entropy"
-_MARK = "_takes_fused_loss"  # set on our root forwards
+MARK = "_takes_fused_loss"  # set on our root forwards
 
 
 class FusedLoss:
@@ -36,6 +37,9 @@ class FusedLoss:
         num_items: divisor of the summed loss, or None for the mean over this batch's targets.
         label_smoothing: as in `linear_cross_entropy`.
         max_extra_bytes: as in `linear_cross_entropy`.
+        tokens: the model returns a `TokenOutput`. With ``"statistics"`` its loss has the gradient, with
+            ``"gradient"`` its log_probs.
+        mean_logits: of tokens, too; not for a model with a softcap.
     """
 
     def __init__(
@@ -43,10 +47,15 @@ class FusedLoss:
         num_items: torch.Tensor | float | None = None,
         label_smoothing: float = 0.0,
         max_extra_bytes: int | None = None,
+        *,
+        tokens: Literal["statistics", "gradient"] | None = None,
+        mean_logits: bool = False,
     ) -> None:
         self.num_items = num_items
         self.label_smoothing = label_smoothing
         self.max_extra_bytes = max_extra_bytes
+        self.tokens = tokens
+        self.mean_logits = mean_logits
 
 
 class _Target:
@@ -71,7 +80,7 @@ def install(model: nn.Module) -> str | list[Bound]:
         return "it is not a transformers model"
     if model.get_output_embeddings() is None:
         return "it has no LM head"
-    with sharding.gathered(p for leaf in _leaves(model) for p in leaf.parameters()):
+    with sharding.gathered(p for leaf in leaves(model) for p in leaf.parameters()):
         return _install(model)
 
 
@@ -80,7 +89,7 @@ def _install(model: nn.Module) -> str | list[Bound]:
     if reason is not None:
         return reason
     root_forward = _root_forward(type(model))
-    bound = [Bound.of(OP, leaf, "forward", _head_forward) for leaf in _leaves(model)]
+    bound = [Bound.of(OP, leaf, "forward", _head_forward) for leaf in leaves(model)]
     difference: str | None = "the probe was interrupted"
     try:
         difference = _probe(model, root_forward)
@@ -99,22 +108,40 @@ def is_bound(model: nn.Module) -> bool:
     The root's forward may have been wrapped since, by accelerate's autocast. A head may have been
     replaced, by resize_token_embeddings for one.
     """
-    forward = model.__dict__.get("forward")
-    while forward is not None and not hasattr(getattr(forward, "__func__", forward), _MARK):
-        forward = getattr(forward, "__wrapped__", None)
-    return forward is not None and all(
+    return any(hasattr(forward, MARK) for forward in forwards(model)) and leaves_are_bound(model)
+
+
+def leaves_are_bound(model: nn.Module) -> bool:
+    """Whether every current copy of the head takes what our root forward hands it."""
+    return all(
         getattr(leaf.__dict__.get("forward"), "__func__", None) is _head_forward
-        for leaf in _leaves(model)
+        for leaf in leaves(model)
     )
 
 
-def head_unsupported(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Why this call of a model must take the stock forward, or None."""
+def forwards(model: nn.Module) -> Iterator[Any]:
+    """The functions that the root's forward is made of, outermost first, as far as wrappers tell."""
+    forward = model.__dict__.get("forward")
+    while forward is not None:
+        yield getattr(forward, "__func__", forward)
+        forward = getattr(forward, "__wrapped__", None)
+
+
+def head_unsupported(
+    model: nn.Module, inputs: dict[str, Any], *, tokens: bool = False
+) -> str | None:
+    """Why this call of a model must take the stock forward, or None.
+
+    Args:
+        model: the transformers model itself.
+        inputs: what it is called with.
+        tokens: a `TokenOutput` is wanted, which has room for the router's loss.
+    """
     if not is_bound(model):
         return "the model was not patched for it, or has been unpatched or changed since"
     if inputs.get("labels") is None and inputs.get("shift_labels") is None:
         return "no labels in the batch"
-    if getattr(model.config, "output_router_logits", False) or inputs.get("output_router_logits"):
+    if not tokens and _routes(model, inputs):
         return "the router's auxiliary loss is on"
     keep = inputs.get("logits_to_keep")
     if isinstance(keep, torch.Tensor) or keep:
@@ -142,14 +169,38 @@ def _root_forward(cls: type[nn.Module]) -> Any:
         # A cache would be of no use, and makes transformers miss the boundaries of packed documents.
         kwargs["use_cache"] = False
         target = _Target(_counted(shift_labels), fused_loss, self.config)
-        hidden = self.base_model(*args, **kwargs)[0]  # type: ignore[operator]
-        return CausalLMOutput(loss=self.get_output_embeddings()(hidden, fused_target=target))  # type: ignore[operator]
+        if fused_loss.tokens and _routes(self, kwargs):
+            kwargs["output_router_logits"] = True
+        outputs = self.base_model(*args, **kwargs)  # type: ignore[operator]
+        answer = self.get_output_embeddings()(outputs[0], fused_target=target)  # type: ignore[operator]
+        if not fused_loss.tokens:
+            return CausalLMOutput(loss=answer)
+        loss, log_probs, entropy, is_top1, *means = answer
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            mask = kwargs.get("attention_mask")
+            aux_loss = auxiliary_loss(self.config, outputs.router_logits, mask)
+        return TokenOutput(
+            loss=loss if fused_loss.tokens == "statistics" else None,
+            log_probs=log_probs if fused_loss.tokens == "statistics" else -loss,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=(shift_labels != -100).to(entropy.device),
+            mean_logits=means[0] if means else None,
+            aux_loss=aux_loss,
+        )
 
     # The Trainer reads the signature for column names, generate() for model kwargs. Not
     # functools.wraps: accelerate follows __wrapped__ when it unwraps, and would drop this forward.
     forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-    setattr(forward, _MARK, True)
+    setattr(forward, MARK, True)
     return forward
+
+
+def _routes(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Whether the router's auxiliary loss is on for this call."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return bool(inputs.get("output_router_logits", getattr(config, "output_router_logits", False)))
 
 
 def _counted(labels: torch.Tensor) -> torch.Tensor | CountedTarget:
@@ -165,31 +216,42 @@ def _head_forward(
     *args: Any,
     fused_target: _Target | None = None,
     **kwargs: Any,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """The logits; with a target the loss, or it and what is known of each token."""
     if fused_target is None:
         return type(self).forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
     fused, config = fused_target.fused, fused_target.config
-    linear, lora = self, None
+    linear: Any = self
+    lora = None
     if head_lora.is_lora_linear(self):
-        linear, lora = self.base_layer, head_lora.low_rank_product(self, x)  # type: ignore[assignment]
+        linear, lora = self.base_layer, head_lora.low_rank_product(self, x)
         reason = sharding.sharded(linear.weight) or sharding.missing(linear.weight)
         if reason is not None:
             raise UnsupportedError(
                 f"the weight inside the LM head's LoRA layer is not there: {reason}.",
                 'Pass barq_config={"linear_cross_entropy": False}.',
             )
-    return linear_cross_entropy(
+    scale = _logit_scale(config)
+    result: Any = linear_cross_entropy(  # type: ignore[call-overload, misc]
         x,
-        linear.weight,  # type: ignore[arg-type]
+        linear.weight,
         fused_target.on(x.device),
-        bias=linear.bias,  # type: ignore[arg-type]
+        bias=linear.bias,
         lora=lora,
-        num_items=fused.num_items,
+        reduction="none" if fused.tokens == "gradient" else "mean",
+        num_items=None if fused.tokens == "gradient" else fused.num_items,
         label_smoothing=fused.label_smoothing,
         softcap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=_logit_scale(config),
+        logit_scale=scale,
+        per_token=fused.tokens is not None,
         max_extra_bytes=fused.max_extra_bytes,
     )
+    if fused.tokens is None:
+        return result  # type: ignore[no-any-return]
+    loss, statistics = result
+    means = (mean_logits(x, linear.weight, linear.bias, scale),) if fused.mean_logits else ()
+    # A plain tuple: DeepSpeed's hooks cannot make another kind anew.
+    return (loss, *statistics, *means)
 
 
 def _logit_scale(config: Any) -> float:
@@ -199,7 +261,7 @@ def _logit_scale(config: Any) -> float:
     )
 
 
-def _leaves(model: nn.Module) -> list[nn.Module]:
+def leaves(model: nn.Module) -> list[nn.Module]:
     """The layers behind the head: itself, or all copies under PEFT's modules_to_save."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
@@ -214,7 +276,7 @@ def _structure_unsupported(model: nn.Module) -> str | None:
         return "its base model cannot be told from its head"
     if "forward" in model.__dict__:
         return "its forward is already patched (by accelerate, Liger or another package)"
-    for leaf in _leaves(model):
+    for leaf in leaves(model):
         if type(leaf) is not nn.Linear and not head_lora.is_lora_linear(leaf):
             return f"its head is a {type(leaf).__module__}.{type(leaf).__name__}, not a plain nn.Linear"
         if "forward" in leaf.__dict__:
@@ -232,7 +294,7 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
     The base model is stood in for by one that returns the hidden states, so the probe costs nine rows of
     logits however large the model is, and sees softcaps, scales and custom losses whatever their names.
     """
-    leaf = _leaves(model)[0]
+    leaf = leaves(model)[0]
     weight = leaf.weight
     assert isinstance(weight, torch.Tensor)
     dtype, device = weight.dtype, weight.device
@@ -251,7 +313,7 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
             # Logits of about ±30, so that a softcap shows.
             hidden *= 30.0 / F.linear(hidden.to(dtype), weight).float().std().clamp(min=1e-6)
         hidden = hidden.to(dtype).requires_grad_()
-        with _given_hidden_states(model, hidden):
+        with given_hidden_states(model, hidden):
             stock = type(model).forward(model, **inputs, num_items_in_batch=5).loss
             ours = root_forward(model, **inputs, fused_loss=FusedLoss(num_items=5)).loss
         (stock_grad,) = torch.autograd.grad(stock, hidden)
@@ -274,11 +336,18 @@ class _GivenOutput(BaseModelOutputWithPast):
 
 
 @contextmanager
-def _given_hidden_states(model: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
+def given_hidden_states(
+    model: nn.Module, hidden: torch.Tensor, dtypes: list[torch.dtype] | None = None
+) -> Iterator[None]:
+    """The base model returns ``hidden``, and puts the dtype that its head will work in into ``dtypes``."""
     base = model.base_model
     previous = base.__dict__.get("forward")
+    kind = hidden.device.type
 
     def stub(*args: Any, **kwargs: Any) -> _GivenOutput:
+        if dtypes is not None:
+            autocast = torch.is_autocast_enabled(kind)
+            dtypes.append(torch.get_autocast_dtype(kind) if autocast else hidden.dtype)
         return _GivenOutput(last_hidden_state=hidden)
 
     base.forward = stub  # type: ignore[union-attr]

@@ -20,6 +20,7 @@ from barqtrain_hf.patching import (
     norms,
     probe,
     rope,
+    trl_head,
 )
 from barqtrain_hf.patching.attention_interface import register_attention
 from barqtrain_hf.patching.bound import Bound
@@ -83,15 +84,8 @@ def patch_model(
         # The model was unpickled: it is stock, but for what says that it is not.
         unpatch_model(base)
         patches = base.__dict__[_ATTRIBUTE] = _Patches()
-    if fused_head and config.linear_cross_entropy and not head.is_bound(base):
-        unpatch_model(base, leaves=False)
-        patches.report.forget(head.OP)
-        result = head.install(base)
-        if isinstance(result, str):
-            patches.report.skip(head.OP, "", result)
-        else:
-            patches.head = result
-            patches.report.add(head.OP, "the LM head")
+    if fused_head and config.linear_cross_entropy:
+        _bind_head(base, config, patches)
     if leaves:
         ops = {op for op in _LEAF_OPS if getattr(config, op)} - patches.leaf_ops
         if rope.OP in ops and attention.OP in patches.leaf_ops:
@@ -131,6 +125,37 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DDP, FSDP, DeepSpeed and PEFT wrappers."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
+
+
+def asks_for_trl_head(model: nn.Module) -> bool:
+    """Whether TRL has given ``model``, plain or wrapped, its fused head."""
+    return trl_head.asked_for(unwrap(model))
+
+
+def _bind_head(base: nn.Module, config: BarqConfig, patches: _Patches) -> None:
+    """Binds the loss in the LM head, and what answers TRL's requests where TRL has a head of its own."""
+    report, over_ours = patches.report, False
+    if not head.is_bound(base):
+        # A forward of TRL's over ours does not tell; the probe of what answers it will.
+        over_ours = bool(patches.head) and head.leaves_are_bound(base) and trl_head.asked_for(base)
+        if not over_ours:
+            unpatch_model(base, leaves=False)
+            report.forget(head.OP)
+            report.forget(trl_head.OP)
+            result = head.install(base)
+            if isinstance(result, str):
+                report.skip(head.OP, "", result)
+            else:
+                patches.head = result
+                report.add(head.OP, "the LM head")
+    if over_ours:
+        report.forget(trl_head.OP)
+        answer = trl_head.install(base, report, config.max_extra_bytes)
+        if isinstance(answer, str):
+            report.skip(trl_head.OP, "", answer)
+        else:
+            patches.head.insert(0, Bound(trl_head.OP, base, "forward", *answer))
+            report.add(trl_head.OP, "the LM head")
 
 
 def _bind_leaves(base: nn.Module, ops: set[str], patches: _Patches) -> None:
