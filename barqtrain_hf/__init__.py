@@ -9,9 +9,12 @@ if TYPE_CHECKING:
     from barqtrain_hf.callbacks import BarqKernelsCallback
     from barqtrain_hf.config import BarqConfig, BarqTrainingArguments
     from barqtrain_hf.patching import patch_model, unpatch_model
+    from barqtrain_hf.sft import BarqSFTConfig as BarqSFTConfig
+    from barqtrain_hf.sft import BarqSFTTrainer as BarqSFTTrainer
     from barqtrain_hf.trainer import BarqTrainer
 
 __version__ = "0.1.0"
+# Without those that need an extra: a star import must work without it.
 __all__ = [
     "BarqConfig",
     "BarqKernelsCallback",
@@ -24,6 +27,8 @@ __all__ = [
 _HOME = {
     "BarqConfig": "barqtrain_hf.config",
     "BarqKernelsCallback": "barqtrain_hf.callbacks",
+    "BarqSFTConfig": "barqtrain_hf.sft",
+    "BarqSFTTrainer": "barqtrain_hf.sft",
     "BarqTrainer": "barqtrain_hf.trainer",
     "BarqTrainingArguments": "barqtrain_hf.config",
     "patch_model": "barqtrain_hf.patching",
@@ -38,4 +43,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOME})

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +106,21 @@ class BarqTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         BarqConfig.load(self.barq_config)  # a mistake is an error now, not at the first step
+
+
+def check_liger(args: TrainingArguments | None, config: BarqConfig) -> None:
+    """Refuses two losses in the LM head, where arguments ask for both.
+
+    Raises:
+        UnsupportedError: Liger's fused cross-entropy and ours.
+    """
+    liger = getattr(args, "liger_kernel_config", None) or {}
+    if (
+        getattr(args, "use_liger_kernel", False)
+        and config.linear_cross_entropy
+        and liger.get("fused_linear_cross_entropy", True)
+    ):
+        raise UnsupportedError(
+            "use_liger_kernel=True installs Liger's fused cross-entropy, which would replace ours.",
+            'Drop it, or pass liger_kernel_config={"fused_linear_cross_entropy": False}.',
+        )

@@ -27,7 +27,7 @@ from barqtrain_hf.checkpoints import (
     last_whole_checkpoint,
     read_stream_state,
 )
-from barqtrain_hf.config import BarqConfig
+from barqtrain_hf.config import BarqConfig, check_liger
 from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
 from barqtrain_hf.errors import DataError, UnsupportedError
 from barqtrain_hf.loss_filter import LossFilter
@@ -61,12 +61,18 @@ class BarqTrainer(Trainer):
         DataError: an empty train_dataset.
     """
 
+    # Of the stock trainer whose place this takes; a subclass may take another's.
+    _stock_signature = inspect.signature(Trainer.__init__)
+
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        given = self._stock_signature.bind(self, *args, **kwargs).arguments
         given.pop("self")
         training_args = given.get("args")
         self._kernels = _kernels_callback(training_args)
+        if self._kernels is not None:
+            # Among the callbacks it is told of the model as soon as there is one.
+            given["callbacks"] = [*(given.get("callbacks") or ()), self._kernels]
         self._loss_only = False
         self._meter: ThroughputMeter | None = None
         datasets = [given.get("train_dataset"), *_each(given.get("eval_dataset"))]
@@ -93,19 +99,8 @@ class BarqTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0.",
             )
         if self._kernels is not None:
-            liger = self.args.liger_kernel_config or {}
-            if (
-                self.args.use_liger_kernel
-                and self._kernels.config.linear_cross_entropy
-                and liger.get("fused_linear_cross_entropy", True)
-            ):
-                raise UnsupportedError(
-                    "use_liger_kernel=True installs Liger's fused cross-entropy, which would replace "
-                    "ours.",
-                    'Drop it, or pass liger_kernel_config={"fused_linear_cross_entropy": False}.',
-                )
+            check_liger(self.args, self._kernels.config)
             self._kernels.install_head(self.model)
-            self.add_callback(self._kernels)
         self._loss_filter = LossFilter(self.args)
         self.add_callback(self._loss_filter)
         if isinstance(self.train_dataset, PackedDataset):
@@ -329,7 +324,9 @@ class _Repack(TrainerCallback):
 def _kernels_callback(args: TrainingArguments | None) -> BarqKernelsCallback | None:
     if not getattr(args, "use_barq_kernels", True):
         return None
-    return BarqKernelsCallback(BarqConfig.load(getattr(args, "barq_config", None)))
+    kernels = BarqKernelsCallback(BarqConfig.load(getattr(args, "barq_config", None)))
+    kernels.of_our_trainer = True
+    return kernels
 
 
 def _each(dataset: Any) -> list[Any]:

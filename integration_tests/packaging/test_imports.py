@@ -13,7 +13,7 @@ PACKAGE = Path(barqtrain_hf.__file__).parent
 
 # Every part of the package, with the parts it may import. What is not listed imports none.
 MAY_IMPORT = {
-    "__init__": {"callbacks", "config", "patching", "trainer"},
+    "__init__": {"callbacks", "config", "patching", "sft", "trainer"},
     "benchmarks": {"__init__", "cli", "data", "errors", "ops", "runtime"},
     "callbacks": {"config", "patching"},
     "checkpoints": {"errors"},
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "ops": {"errors", "runtime"},
     "patching": {"config", "errors", "ops", "runtime"},
     "runtime": {"errors"},
+    "sft": {"config", "data", "errors", "patching", "trainer"},
     "streaming": {"checkpoints", "data", "errors"},
     "trainer": {
         "callbacks",
@@ -49,11 +50,12 @@ ONLY_IN = {
         "config",
         "loss_filter",
         "patching",
+        "sft",
         "streaming",
         "trainer",
     },
     "peft": {"benchmarks", "patching", "cli"},
-    "trl": {"benchmarks"},
+    "trl": {"benchmarks", "sft"},
     "datasets": {"benchmarks"},
     "deepspeed": {"patching"},
 }
