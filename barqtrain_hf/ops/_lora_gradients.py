@@ -88,7 +88,14 @@ def _plan(
     size = dtypes[0].itemsize
     of_rank = next((r for r in _RANKS.get(capability(device), ()) if width <= r), None)
     aligned = all(one == 1 and stride * size % _ALIGNMENT == 0 for stride, one in strides)
-    if of_rank is None or not aligned or columns % 8 or rows * columns > _MOST[of_rank]:
+    if (
+        of_rank is None
+        or dtypes[1] not in (dtypes[0], torch.float32)
+        or not aligned
+        or columns % 8
+        or not 0 < rows * columns <= _MOST[of_rank]
+        or max(rows, columns) * of_rank >= 2**31
+    ):
         return None
     tiles = 64 // of_rank
     row_bands = -(-rows // (tiles * _ROWS))

@@ -36,7 +36,7 @@ def summed_products(
     Args:
         out: [N, C], fp16 or bf16, contiguous.
         pairs: left [N, K] and right [C, K] if ``transposed`` else [K, C], of out's dtype, each with a K.
-        bias: [C] of out's dtype.
+        bias: [C] of out's dtype, contiguous.
     """
     device = out.get_device()
     if device < 0 or out.dtype is torch.float32 or torch.compiler.is_compiling():
@@ -82,17 +82,19 @@ def _plan(
 ) -> _Plan | None:
     """None for what the kernel cannot do, or not as fast as cuBLAS."""
     rows, columns = shape
+    if capability(device) != (9, 0):
+        return None
     tiles = -(-rows // (_CLUSTER * _ROWS)) * -(-columns // _COLUMNS)
     clusters = sm_count(device) // _CLUSTER
     turns = -(-tiles // clusters)
     aligned = all(
-        stride > 0 and stride * dtype.itemsize % ALIGNMENT == 0
+        stride * dtype.itemsize % ALIGNMENT == 0
+        and (stride >= wide or (height == 1 and stride > 0))
         for pair in layouts
-        for _, _, stride in pair
+        for height, wide, stride in pair
     )
     if (
-        capability(device) != (9, 0)
-        or not aligned
+        not aligned
         or columns * dtype.itemsize % ALIGNMENT
         or len(layouts) > _PRODUCTS
         or not tiles

@@ -3,10 +3,11 @@
     y = x W^T + bias + s (x A^T) B^T
     t = x A^T,  u = s dy B,  dx = u A + dy W,  dA = u^T x,  dB = s dy^T t
 
-The adapter's part of y and of dx is written first, and the product with W is added to it where it lies: an
-addition inside cuBLAS's product costs next to nothing, one after it would read and write y and dx once more.
-(Measured on an H200, 16384 rows, rank 16: 2048 to 8192 dimensions 0.84 ms in place of 0.94 ms forward.) x is
-not copied to the adapter's dtype. Kept for the backward pass: x, and t, which is N rows of the rank.
+On Hopper y and dx are one sum each in a kernel of ours, which begins with the adapter's product
+(`_lora_kernels`), and u and dB come from one read of dy (`_lora_gradients`). Elsewhere the adapter's part of
+y and of dx is written first, and the product with W is added to it where it lies: an addition inside cuBLAS's
+product costs next to nothing, one after it would read and write y and dx once more. x is not copied to the
+adapter's dtype. Kept for the backward pass: x, and t, which is N rows of the rank.
 
 Layers of one input (query, key and value; gate and up) are better computed together: x is read once for all
 their t and once for all their dA, and their parts of dx are added up inside the products too.
@@ -132,7 +133,7 @@ class _LoraLinears(torch.autograd.Function):
             for weight, bias, low, up in zip(weights, biases, parts, b, strict=True):
                 # Not a view in the end: users may write to it in place.
                 y = x.new_empty(*x.shape[:-1], up.shape[0])
-                added = None if bias is None else bias.to(dtype)
+                added = None if bias is None else bias.to(dtype).contiguous()
                 _sum(y.view(-1, up.shape[0]), [(low, up), (rows, weight.to(dtype))], True, added)
                 ys.append(y)
         ctx.save_for_backward(x, t, a, *b, *tensors)

@@ -107,6 +107,7 @@ class Kernel:
             ArgumentTypeError: an argument of the wrong type or dtype.
             UnsupportedError: kernels cannot run here; the message says why.
         """
+        self._refuse_structs()
         packed = list(values)
         arguments = self._arguments
         try:
@@ -145,9 +146,14 @@ class Kernel:
         self, grid: tuple[int, int, int], block: tuple[int, int, int], *numbers: float
     ) -> Launch:
         """`launch` for repeated use with the same numbers, which have to come after all pointers."""
+        self._refuse_structs()
         pointers = len(self._tensors)
         packed = struct.pack("<" + "".join(self._codes[pointers:]), *numbers)
         return Launch(self, grid, block, pointers, packed)
+
+    def _refuse_structs(self) -> None:
+        if self._structs:
+            raise ArgumentError(f"{self.name} takes a struct by value; use Kernel.launch.")
 
     def _launch(
         self,

@@ -214,6 +214,25 @@ def test_adapters_are_scaled_and_rounded_once(given: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("case", ["no rows", "other 16 bits", "strided bias"])
+def test_what_kernels_do_not_take(case: str) -> None:
+    rows = 0 if case == "no rows" else 300
+    x = torch.randn(rows, 200, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(264, 200, device="cuda").bfloat16()
+    dtype = torch.float16 if case == "other 16 bits" else torch.bfloat16
+    a, b = (torch.randn(s, device="cuda").to(dtype).requires_grad_() for s in ((8, 200), (264, 8)))
+    bias = torch.randn(264, 3, device="cuda").bfloat16()[:, 1]
+    with torch.autocast("cuda", torch.bfloat16):
+        y = lora_linear(x, weight, a, b, 2.0, bias=bias, backend="cuda")
+        expected = lora_linear(x, weight, a, b, 2.0, bias=bias, backend="torch")
+    torch.testing.assert_close(y, expected, rtol=2**-6, atol=1.0)
+    grads = torch.autograd.grad(y.sum(), (x, a, b))
+    assert [g.shape for g in grads] == [x.shape, a.shape, b.shape]
+    assert all(g.isfinite().all() for g in grads) and (rows or not any(g.any() for g in grads))
+
+
+@pytest.mark.gpu
 @on_hopper
 def test_lora_linear_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []

@@ -77,6 +77,20 @@ def test_a_prepared_launch_passes_what_a_launch_does(monkeypatch: pytest.MonkeyP
     assert passed[0] == passed[2] != passed[1]
 
 
+def test_a_struct_is_for_launch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = []
+    monkeypatch.setattr(
+        Kernel, "_launch", lambda self, *_: passed.append(self._arguments.pointers[0])
+    )
+    parameters = {"of": "struct", "scale": "float32"}
+    takes_struct = Kernel("rms_norm.cu", "column_sum<float,4>", parameters)
+    takes_struct.launch(0, GRID, BLOCK, 2**40, 0.5)
+    assert passed == [2**40]
+    for call in (takes_struct, takes_struct.prepare):
+        with pytest.raises(ArgumentError, match="use Kernel.launch"):
+            call(GRID, BLOCK, 2**40, 0.5)
+
+
 class _FakeCuda(torch.Tensor):
     """A tensor that says it is on a GPU, so that a laptop gets to the checks behind that one."""
 
