@@ -101,8 +101,7 @@ class BarqTrainer(Trainer):
         if self._kernels is not None:
             check_liger(self.args, self._kernels.config)
             self._kernels.install_head(self.model)
-        self._loss_filter = LossFilter(self.args)
-        self.add_callback(self._loss_filter)
+        self._loss_filter = LossFilter(self)
         if isinstance(self.train_dataset, PackedDataset):
             self.add_callback(_Repack(self.train_dataset))
         elif isinstance(self.train_dataset, PackedStream):
@@ -248,7 +247,9 @@ class BarqTrainer(Trainer):
             self._meter = ThroughputMeter(self.model, self.args.device, world_size, fill)
         self._meter.add(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        return self._loss_filter.finite(self, loss)
+        # A subclass's step may go on with the loss; then Trainer asks as ever.
+        last = type(self).training_step is BarqTrainer.training_step
+        return self._loss_filter.finite(self, loss) if last else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in Trainer; its time does not count as training."""

@@ -64,6 +64,29 @@ def test_losses_are_stocks(on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert ours_asked == 0 and (asked == 8) == on
 
 
+class Twice:
+    """Two batches to a micro-step, of which the first may not be finite."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        first = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        return first + super().training_step(*args, **kwargs)  # type: ignore[misc]
+
+
+def test_a_subclass_has_the_last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [type("Twice" + kind.__name__, (Twice, kind), {}) for kind in (Trainer, BarqTrainer)]
+    stock, ours = (logged(kind, tmp_path / kind.__name__, monkeypatch)[0] for kind in kinds)
+    assert ours == pytest.approx(stock, rel=1e-5) and all(loss == loss for loss in ours)
+
+
+def test_a_step_outside_training_leaves_the_setting(tmp_path: Path) -> None:
+    args = TrainingArguments(**arguments(tmp_path, max_steps=1))
+    trainer = BarqTrainer(model=tiny_model("llama"), args=args, train_dataset=Rows(4, 0))
+    trainer.train()
+    batch = {name: value[None] for name, value in Rows(1, 0)[0].items()}
+    trainer.training_step(trainer.model, batch)
+    assert args.logging_nan_inf_filter
+
+
 def test_the_setting_comes_back_after_an_error(tmp_path: Path) -> None:
     class Broken(BarqTrainer):
         def _clip_grad_norm(self, *_: Any) -> None:
