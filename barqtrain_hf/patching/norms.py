@@ -125,7 +125,8 @@ def _new_forward(
                 if call is not None:
                     inputs = (x, weight, self.bias) if has_bias else (x, weight)
                     y = call(*inputs, eps=getattr(self, epsilon))
-                    if recompute.Noted.wanted and y.requires_grad:
+                    # A hook may write to the output in ways that leave no trace.
+                    if recompute.Noted.wanted and y.requires_grad and not self._forward_hooks:
                         recompute.note(y, partial(call, eps=getattr(self, epsilon)), inputs)
                     return y
         report.fall_back(op, _unusual_call(args, kwargs, weight))

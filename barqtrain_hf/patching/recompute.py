@@ -14,9 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed import is_available, is_initialized
 
 from barqtrain_hf.ops._backend import SMALL
 
@@ -75,7 +74,8 @@ class Noted:
     @classmethod
     def forget(cls, product: weakref.ref[torch.Tensor]) -> None:
         """Lets go of the inputs when the product is gone."""
-        if cls.last is not None and cls.last.product is product:
+        last = cls.last
+        if last is not None and last.product is product:
             cls.last = None
 
 
@@ -87,7 +87,7 @@ def note(
     Only the last product is remembered, and only while it lives: it is meant for the layers that are called
     with it next. Small ones are not worth the time that it takes.
     """
-    if product.numel() > SMALL and _may_replace(product):
+    if _may_replace(product) and product.numel() > SMALL:
         Noted.last = _Pack(product, op, inputs)
 
 
@@ -106,7 +106,14 @@ class _Recipe:
     __slots__ = ("dtype", "inputs", "op", "size", "stride", "versions")
 
     def __init__(self, pack: _Pack, saved: torch.Tensor) -> None:
-        self.op, self.inputs, self.versions = pack.op, pack.inputs, pack.versions
+        self.op = pack.op
+        # A sharded parameter's data may be gone in another layer's backward pass; it is small.
+        self.inputs = tuple(
+            t.clone() if p else t for t, p in zip(pack.inputs, pack.sharded, strict=True)
+        )
+        self.versions = tuple(
+            0 if p else version for version, p in zip(pack.versions, pack.sharded, strict=True)
+        )
         self.dtype, self.size, self.stride = saved.dtype, saved.size(), saved.stride()
 
     def run(self) -> torch.Tensor:
@@ -135,8 +142,11 @@ class _Pack:
         op: Callable[..., torch.Tensor],
         inputs: Sequence[torch.Tensor],
     ) -> None:
-        self.op, self.inputs = op, tuple(_held(tensor) for tensor in inputs)
-        self.versions = tuple(tensor._version for tensor in self.inputs)
+        # Without their history: a saved tensor must not keep a part of the graph alive.
+        self.op, self.inputs = op, tuple(tensor.detach() for tensor in inputs)
+        self.versions = tuple(tensor._version for tensor in inputs)
+        several = distributed.is_available() and distributed.is_initialized()
+        self.sharded = tuple(several and type(tensor) is nn.Parameter for tensor in inputs)
         self.product = weakref.ref(product, Noted.forget)
         self.address, self.version = product.data_ptr(), product._version
         self.dtype, self.numel, self.device = product.dtype, product.numel(), product.device
@@ -185,16 +195,6 @@ class _Pack:
             and between == [torch.float32]
             and tensor.dtype is self.dtype  # there and back again
         )
-
-
-def _held(tensor: torch.Tensor) -> torch.Tensor:
-    """Without its history: a saved tensor must not keep a part of the graph alive.
-
-    A sharded parameter's data may be gone in another layer's backward pass; it is small.
-    """
-    if type(tensor) is nn.Parameter and is_available() and is_initialized():
-        return tensor.detach().clone()
-    return tensor.detach()
 
 
 def _behind_views(node: Any) -> Any:
