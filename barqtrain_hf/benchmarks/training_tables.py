@@ -13,14 +13,15 @@ def steps_table(reports: Sequence[Json]) -> list[str]:
         "| trained | | tokens/s | beside HF | peak memory | mean loss |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    stock = 0.0
+    stock = None
     for row, case in rows_of(reports, "steps", lambda row: str(row["case"])):
         cells = [unavailable(row), *[""] * 3]
+        if case:  # the first of a case
+            stock = row.get("tokens_per_second")
         if "unavailable" not in row:
             speed = row["tokens_per_second"]
-            stock = speed if case else stock  # the first of a case
             peak, loss = f"{row['peak_gib']:.1f} GiB", f"{row['loss']:.4f}"
-            cells = [f"{speed:,.0f}", f"{speed / stock:.2f}×", peak, loss]
+            cells = [f"{speed:,.0f}", f"{speed / stock:.2f}×" if stock else "", peak, loss]
         lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
     return lines
 
@@ -32,7 +33,8 @@ def lora_table(reports: Sequence[Json]) -> list[str]:
         for row, case in rows_of(reports, which, lambda row: str(row["shape"])):
             cells = [unavailable(row), "", ""]
             if "unavailable" not in row:
-                cells = [f"{row['ms']['median']:.3f}"]
+                host = " (with host)" if row.get("rounds_with_host") else ""
+                cells = [f"{row['ms']['median']:.3f}{host}"]
                 cells += [f"{row['of_frozen']:.2f}×", f"{row['kept_gib']:.3f}"]
             lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
     return lines

@@ -10,6 +10,7 @@ import pytest
 from barqtrain_hf.benchmarks import steps
 from barqtrain_hf.benchmarks.harness import Report
 from barqtrain_hf.benchmarks.steps_run import run
+from barqtrain_hf.benchmarks.training_tables import steps_table
 
 SMALL = {
     **steps.MODEL,
@@ -50,6 +51,24 @@ def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.get("unavailable") for row in report.rows[:2]] == [
         "ImportError: no liger",
         "took more than 5 minutes",
+    ]
+
+
+def test_a_table_without_stock() -> None:
+    rows = [
+        {"case": "LoRA", "implementation": "HF Trainer, sdpa", "unavailable": "out of memory"},
+        {
+            "case": "LoRA",
+            "implementation": "BarqTrainer",
+            "tokens_per_second": 1000.0,
+            "peak_gib": 1.0,
+            "loss": 2.0,
+        },
+    ]
+    report = {"rows": [{"part": "steps", **row} for row in rows]}
+    assert steps_table([report])[2:] == [
+        "| LoRA | HF Trainer, sdpa | unavailable (out of memory) |  |  |  |",
+        "|  | **BarqTrainer** | **1,000** |  | **1.0 GiB** | **2.0000** |",
     ]
 
 
