@@ -11,6 +11,12 @@ adapter's dtype. Kept for the backward pass: x, and t, which is N rows of the ra
 
 Layers of one input (query, key and value; gate and up) are better computed together: x is read once for all
 their t and once for all their dA, and their parts of dx are added up inside the products too.
+
+With dropout the adapter reads ``m * x``, where m is a layer's own mask:
+
+    t = (m * x) A^T,  dx = m * (u A) + dy W,  dA = u^T (m * x)
+
+Of m and of ``m * x`` nothing is kept but a seed. Each layer then has t, dA and its part of dx by itself.
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import torch.nn.functional as F
 
 from barqtrain_hf.errors import ArgumentError
 from barqtrain_hf.ops._backend import Backend, autocast_dtype, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._dropout import Masks
 from barqtrain_hf.ops._lora_gradients import low_rank_gradients
 from barqtrain_hf.ops._lora_kernels import Pair, summed_products
 from barqtrain_hf.ops._lora_ranks import low_ranks
@@ -38,6 +45,7 @@ class LoraLinear(NamedTuple):
     lora_b: torch.Tensor
     scaling: float
     bias: torch.Tensor | None = None
+    dropout: float = 0.0
 
 
 def lora_linear(
@@ -48,9 +56,10 @@ def lora_linear(
     scaling: float,
     *,
     bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """``x @ weight.T + bias + scaling * (x @ lora_a.T) @ lora_b.T``, for a weight that is not trained.
+    """``x @ weight.T + bias + scaling * (drop(x) @ lora_a.T) @ lora_b.T``, for a weight that is not trained.
 
     Args:
         x: [..., I], fp32, fp16 or bf16, any strides.
@@ -60,17 +69,22 @@ def lora_linear(
         lora_b: [O, r], as lora_a.
         scaling: of the adapter's part.
         bias: [O] of weight's dtype, or None.
+        dropout: the probability, in [0, 1), with which drop sets an element of x to zero; it divides the
+            others by ``1 - dropout``. The choice is repeated by `torch.manual_seed`, and differs between
+            backends.
         backend: "cuda" for the fused path, "torch" for the reference, "auto" for the fused one on a GPU.
 
     Returns:
         [..., O] in x's dtype (autocast's if enabled).
 
     Raises:
-        ArgumentError: shapes, devices or dtypes that do not fit.
+        ArgumentError: shapes, devices or dtypes that do not fit; a dropout that is not in [0, 1).
         ArgumentTypeError: a dtype that is not fp32, fp16 or bf16.
-        UnsupportedError: ``backend="cuda"`` off a GPU, or for a weight that is trained.
+        UnsupportedError: ``backend="cuda"`` off a GPU, for a weight that is trained, or for dropout inside
+            torch.compile.
     """
-    return lora_linears(x, [LoraLinear(weight, lora_a, lora_b, scaling, bias)], backend=backend)[0]
+    layer = LoraLinear(weight, lora_a, lora_b, scaling, bias, dropout)
+    return lora_linears(x, [layer], backend=backend)[0]
 
 
 def lora_linears(
@@ -79,14 +93,18 @@ def lora_linears(
     """:func:`lora_linear` of each layer, for one input; arguments, results and errors are the same."""
     autocast, reason = autocast_dtype(x), None
     for layer in layers:
-        w, a, b, _, bias = layer
+        w, a, b, _, bias, dropout = layer
         _check(
             (x.shape, w.shape, a.shape, b.shape, None if bias is None else bias.shape),
             (x.dtype, w.dtype, a.dtype, b.dtype, None if bias is None else bias.dtype),
             autocast,
         )
         _check_devices(x, w, a, b, bias)
-        reason = reason or _unsupported(w, bias)
+        if not 0.0 <= dropout < 1.0:
+            raise ArgumentError(
+                f"lora_linear: dropout={dropout!r} must be at least 0 and below 1, a probability."
+            )
+        reason = reason or _unsupported(w, bias, dropout)
     if use_cuda("lora_linear", backend, x, reason):
         return apply(x, layers, autocast or x.dtype)
     return tuple(lora_linear_reference(x, *layer) for layer in layers)
@@ -99,10 +117,27 @@ def lora_linear_reference(
     lora_b: torch.Tensor,
     scaling: float,
     bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """The definition in plain PyTorch, step by step as PEFT computes it; arguments as :func:`lora_linear`."""
+    dropped = x.to(lora_a.dtype)
+    if dropout:
+        dropped = F.dropout(dropped, dropout)
+    return _definition(x, dropped, weight, lora_a, lora_b, scaling, bias)
+
+
+def _definition(
+    x: torch.Tensor,
+    dropped: torch.Tensor,
+    weight: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Of what the adapter reads in x's place, in A's dtype."""
     y = F.linear(x, weight, bias)
-    low = F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b)
+    low = F.linear(F.linear(dropped, lora_a), lora_b)
     return (y + low * scaling).to(y.dtype)
 
 
@@ -113,31 +148,39 @@ def apply(
     if x.dtype is not dtype:
         x = x.to(dtype)  # outside the Function: autograd casts the gradient back
     scalings = tuple(layer.scaling for layer in layers)
-    tensors = [t for w, a, b, _, bias in layers for t in (w, bias, a, b)]
-    return _LoraLinears.apply(x, scalings, *tensors)  # type: ignore[no-any-return]
+    dropouts = tuple(layer.dropout for layer in layers)
+    tensors = [t for w, a, b, _, bias, _ in layers for t in (w, bias, a, b)]
+    return _LoraLinears.apply(x, (scalings, dropouts), *tensors)  # type: ignore[no-any-return]
 
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scalings: tuple[float, ...], *tensors: Any
+        ctx: Any,
+        x: torch.Tensor,
+        numbers: tuple[tuple[float, ...], tuple[float, ...]],
+        *tensors: Any,
     ) -> tuple[torch.Tensor, ...]:
         dtype = x.dtype
+        scalings, dropouts = numbers
+        masks = Masks.draw(dropouts, x.device) if any(dropouts) else None
         rows = x.reshape(-1, x.shape[-1])
         weights, biases, lora_a, lora_b = (tensors[i::4] for i in range(4))
         with torch.autocast(x.device.type, enabled=False):
             a, b = low_ranks(lora_a, lora_b, scalings, dtype)
-            t = rows @ a.T
+            widths = [part.shape[1] for part in b]
+            t = rows @ a.T if masks is None else _low(rows, a.split(widths), masks)
             ys = []
-            parts = t.split([part.shape[1] for part in b], dim=1)
+            parts = t.split(widths, dim=1)
             for weight, bias, low, up in zip(weights, biases, parts, b, strict=True):
                 # Not a view in the end: users may write to it in place.
                 y = x.new_empty(*x.shape[:-1], up.shape[0])
                 added = None if bias is None else bias.to(dtype).contiguous()
                 _sum(y.view(-1, up.shape[0]), [(low, up), (rows, weight.to(dtype))], True, added)
                 ys.append(y)
-        ctx.save_for_backward(x, t, a, *b, *tensors)
-        ctx.scalings = scalings
+        seed = () if masks is None else (masks.seed,)
+        ctx.save_for_backward(x, t, a, *b, *tensors, *seed)
+        ctx.scalings, ctx.dropouts = scalings, dropouts
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -145,9 +188,10 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, t, a, *rest = ctx.saved_tensors
         number = len(dys)
+        masks = Masks(ctx.dropouts, rest.pop()) if any(ctx.dropouts) else None
         b, tensors = rest[:number], rest[number:]
         if torch.is_grad_enabled():  # create_graph: the gradient's own graph, by the definition
-            return _differentiable(dys, x, tensors, ctx.scalings, ctx.needs_input_grad)
+            return _differentiable(dys, x, tensors, ctx.scalings, masks, ctx.needs_input_grad)
         weights, _, lora_a, lora_b = (tensors[i::4] for i in range(4))
         need_x, need_a, need_b = (ctx.needs_input_grad[i::4] for i in (0, 4, 5))
         rows, widths = x.reshape(-1, x.shape[-1]), [part.shape[1] for part in b]
@@ -157,7 +201,8 @@ class _LoraLinears(torch.autograd.Function):
         dx = None
         with torch.autocast(x.device.type, enabled=False):
             u = torch.empty_like(t)
-            parts = zip(flat, t.split(widths, dim=1), u.split(widths, dim=1), strict=True)
+            each_u = u.split(widths, dim=1)
+            parts = zip(flat, t.split(widths, dim=1), each_u, strict=True)
             for i, (dy, low, part) in enumerate(parts):
                 if dy is None:
                     part.zero_()
@@ -174,9 +219,11 @@ class _LoraLinears(torch.autograd.Function):
                     dbs[i] = (db * ctx.scalings[i]).to(lora_b[i].dtype)
             if need_x[0] or any(need_a):
                 if any(need_a):
-                    for i, part in enumerate(_summed(u, rows).split(widths)):
+                    sums = () if masks is not None else _summed(u, rows).split(widths)
+                    for i, part in enumerate(each_u):
                         if need_a[i] and flat[i] is not None:
-                            das[i] = part[: lora_a[i].shape[0]].to(lora_a[i].dtype)
+                            da = sums[i] if masks is None else _summed(part, masks.drop(rows, i))
+                            das[i] = da[: lora_a[i].shape[0]].to(lora_a[i].dtype)
                 if need_x[0]:
                     frozen = [
                         (dy, weight.to(x.dtype))
@@ -184,7 +231,12 @@ class _LoraLinears(torch.autograd.Function):
                         if dy is not None
                     ]
                     dx = torch.empty_like(rows, memory_format=torch.contiguous_format)
-                    _sum(dx, [(u, a), *frozen], False)
+                    if masks is None:
+                        _sum(dx, [(u, a), *frozen], False)
+                    else:
+                        pairs = zip(each_u, a.split(widths), strict=True)
+                        given = [(i, p) for i, p in enumerate(pairs) if flat[i] is not None]
+                        _masked_sum(dx, given, frozen, masks)
                     dx = dx.view(x.shape)
         grads = [grad for pair in zip(das, dbs, strict=True) for grad in (None, None, *pair)]
         return dx, None, *grads
@@ -195,15 +247,16 @@ def _differentiable(
     x: torch.Tensor,
     tensors: Sequence[torch.Tensor],
     scalings: Sequence[float],
+    masks: Masks | None,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
     layers = zip(*(tensors[i::4] for i in range(4)), scalings, strict=True)
     wanted = [i for i, need in enumerate(needed) if need]
     inputs = [(x, None, *tensors)[i] for i in wanted]
-    ys = [
-        lora_linear_reference(x, weight, a, b, scaling, bias)
-        for weight, bias, a, b, scaling in layers
-    ]
+    ys = []
+    for i, (weight, bias, a, b, scaling) in enumerate(layers):
+        dropped = x if masks is None else masks.differentiable(x, i)
+        ys.append(_definition(x, dropped.to(a.dtype), weight, a, b, scaling, bias))
     outputs = [y for y, dy in zip(ys, dys, strict=True) if dy is not None]
     given = [dy for dy in dys if dy is not None]
     found = torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True)
@@ -230,6 +283,33 @@ def _sum(
             torch.mm(left, right, out=out)
         else:
             torch.addmm(bias, left, right, out=out)
+
+
+def _low(rows: torch.Tensor, a: Sequence[torch.Tensor], masks: Masks) -> torch.Tensor:
+    """t of all layers, side by side."""
+    widths = [one.shape[0] for one in a]
+    t = rows.new_empty(rows.shape[0], sum(widths))
+    for i, (part, one) in enumerate(zip(t.split(widths, dim=1), a, strict=True)):
+        torch.mm(masks.drop(rows, i), one.T, out=part)
+    return t
+
+
+def _masked_sum(
+    out: torch.Tensor, low: Sequence[tuple[int, Pair]], frozen: Sequence[Pair], masks: Masks
+) -> None:
+    """The products of the layers that `low` numbers, each under its mask, and all others, added up."""
+    if not low:
+        out.zero_()
+    for number, (i, (left, right)) in enumerate(low):
+        if number == 0:
+            torch.mm(left, right, out=out)
+            masks.drop_(out, i)
+        elif masks.probabilities[i]:
+            masks.add(out, left @ right, i)
+        else:
+            out.addmm_(left, right)
+    for left, right in frozen:
+        out.addmm_(left, right)
 
 
 def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -286,8 +366,10 @@ def _check_devices(x: torch.Tensor, *others: torch.Tensor | None) -> None:
             )
 
 
-def _unsupported(weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+def _unsupported(weight: torch.Tensor, bias: torch.Tensor | None, dropout: float) -> str | None:
     """Why the fused path cannot take these inputs, or None."""
+    if dropout and torch.compiler.is_compiling():
+        return "its dropout is a kernel that torch.compile cannot trace."
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             return f"{name} is trained; the fused path is for frozen ones."

@@ -82,11 +82,12 @@ class Together:
 
 def _state(linear: LoraLinear, x: torch.Tensor) -> tuple[Any, ...]:
     """All that a layer's answer depends on beside the values of x, each change of which counts."""
-    weight, a, b, scaling, bias = linear
+    weight, a, b, scaling, bias, dropout = linear
     tensors = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
     return (
         *((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors),
         scaling,
+        dropout,
         torch.is_grad_enabled(),
         autocast_dtype(x),
     )

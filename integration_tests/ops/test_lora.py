@@ -278,9 +278,9 @@ def test_a_weight_that_is_trained_takes_the_reference() -> None:
     w.requires_grad_()
     lora_linear(x, w, a, b, SCALING).sum().backward()
     torch.testing.assert_close(w.grad, x.sum(0).expand_as(w))
-    assert "weight is trained" in str(lora_op._unsupported(w, None))
+    assert "weight is trained" in str(lora_op._unsupported(w, None, 0.0))
     with torch.no_grad():
-        assert lora_op._unsupported(w, None) is None
+        assert lora_op._unsupported(w, None, 0.0) is None
 
 
 @pytest.mark.parametrize(
@@ -294,6 +294,9 @@ def test_a_weight_that_is_trained_takes_the_reference() -> None:
         ({"bias": torch.ones(79)}, ArgumentError, r"bias of shape \(79,\) must be \[80\]"),
         ({"a": torch.ones(4, 48, device="meta")}, ArgumentError, "lora_a is on meta and x on cpu"),
         ({"w": torch.ones(80, 48).half()}, ArgumentError, "cast them to one dtype"),
+        ({"dropout": 1.0}, ArgumentError, "dropout=1.0 must be at least 0 and below 1"),
+        ({"dropout": -0.1}, ArgumentError, "dropout=-0.1 must be"),
+        ({"dropout": float("nan")}, ArgumentError, "dropout=nan must be"),
         ({"backend": "gpu"}, ArgumentError, "backend='gpu' must be"),
         ({"backend": "cuda"}, UnsupportedError, "move it to a CUDA device"),
     ],
@@ -305,11 +308,12 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], words: st
         "a": torch.ones(4, 48),
         "b": torch.ones(80, 4),
         "bias": None,
+        "dropout": 0.0,
         "backend": "auto",
     } | change
-    x, w, a, b, bias, backend = given.values()
+    x, w, a, b, bias, dropout, backend = given.values()
     with pytest.raises(error, match=words):
-        lora_linear(x, w, a, b, 1.0, bias=bias, backend=backend)  # type: ignore[arg-type]
+        lora_linear(x, w, a, b, 1.0, bias=bias, dropout=dropout, backend=backend)  # type: ignore[arg-type]
 
 
 def test_layers_together_are_checked_each() -> None:
