@@ -19,7 +19,7 @@ from torch import nn
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
 from barqtrain_hf.ops import LoraLinear, lora_linear, lora_linears
-from barqtrain_hf.ops._backend import autocast_dtype
+from barqtrain_hf.ops._backend import autocast_dtype, use_cuda
 from barqtrain_hf.patching import probe, recompute
 from barqtrain_hf.patching.candidate import Answer, Candidate, because
 from barqtrain_hf.patching.head_lora import is_lora_linear
@@ -141,7 +141,8 @@ def _read(layer: Any, x: Any) -> LoraLinear | str:
     if layer.fan_in_fan_out:
         return "its adapter has fan_in_fan_out"
     dropout = parts["lora_dropout"]._modules[adapter]
-    if type(dropout) is not nn.Identity and not _is_idle(dropout):
+    p = 0.0 if type(dropout) is nn.Identity else _probability(dropout)
+    if p is None or (p and not _is_dropped_here(x)):
         return "its adapter has dropout"
     scaling = layer.scaling[adapter]
     if not isinstance(scaling, (int, float)):
@@ -167,12 +168,25 @@ def _read(layer: Any, x: Any) -> LoraLinear | str:
         return f"called with a {type(x).__name__}"
     if x.is_meta:
         return "called with a tensor on meta"
-    return LoraLinear(weights[0], weights[1], weights[2], scaling, bias)
+    return LoraLinear(weights[0], weights[1], weights[2], scaling, bias, p)
 
 
-def _is_idle(dropout: Any) -> bool:
-    """Whether a dropout gives back what it gets. In training is what it is itself, not its layer."""
-    return type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0)
+def _probability(dropout: Any) -> float | None:
+    """Of a plain dropout, 0 if it is idle; else None. In training is what it is itself, not its layer."""
+    if type(dropout) is not nn.Dropout:
+        return None
+    if not dropout.training or dropout.p == 0.0:
+        return 0.0
+    p = dropout.p
+    plain = isinstance(p, (int, float)) and 0.0 < p < 1.0 and not dropout.inplace
+    return float(p) if plain else None
+
+
+def _is_dropped_here(x: Any) -> bool:
+    """Whether the op's kernel drops elements of x. Off a GPU PEFT does: seeds give its numbers."""
+    if type(x) is not torch.Tensor or torch.compiler.is_compiling():
+        return False
+    return use_cuda(OP, "auto", x, None)
 
 
 def _is_hooked(module: nn.Module) -> bool:
