@@ -137,6 +137,8 @@ def lora(dtype: torch.dtype, rows: int, wide: int, sizes: tuple[tuple[int, int],
     ]
     adapters = [t for layer in layers for t in (layer.lora_a, layer.lora_b)]
     backward(lora_linears(x, layers, backend="cuda"), x, *adapters)
+    dropped = [layer._replace(dropout=0.3) for layer in layers]
+    backward(lora_linears(x, dropped, backend="cuda"), x, *adapters)
 
 
 if __name__ == "__main__":

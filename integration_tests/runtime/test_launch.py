@@ -87,7 +87,7 @@ def test_a_struct_is_for_launch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     takes_struct.launch(0, GRID, BLOCK, 2**40, 0.5)
     assert passed == [2**40]
     for call in (takes_struct, takes_struct.prepare):
-        with pytest.raises(ArgumentError, match="use Kernel.launch"):
+        with pytest.raises(ArgumentError, match=r"use Kernel\.launch"):
             call(GRID, BLOCK, 2**40, 0.5)
 
 
