@@ -100,7 +100,9 @@ def check(
     ours = None
     for name, implementation in chosen.found.items():
         try:
-            nodes = {node.name() for node in outcomes.nodes(implementation.call(*inputs))}
+            out = implementation.call(*inputs)  # a node of Python's does not outlive it
+            nodes = {node.name() for node in outcomes.nodes(out)}
+            del out
             if name == AUTO and nodes == ours:
                 continue  # the same kernel by another name
             expected = outcomes.results(chosen.stock_of(name), inputs)
