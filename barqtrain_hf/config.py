@@ -28,6 +28,7 @@ class BarqConfig:
         lora: replace the forward of PEFT's LoRA around linear layers. Its products are then in the layer's
             dtype (or autocast's), where PEFT computes in the adapter's, fp32 by default.
         linear_cross_entropy: compute the loss in the LM head, without holding all logits.
+        packing: `BarqSFTTrainer` packs by `PackedDataset` where SFTTrainer would pack best-fit.
         max_extra_bytes: memory for logits and their gradient in the fused loss; None for the op's
             default, which depends on the shapes and the GPU's free memory (see `linear_cross_entropy`).
     """
@@ -39,6 +40,7 @@ class BarqConfig:
     attention: bool = True
     lora: bool = True
     linear_cross_entropy: bool = True
+    packing: bool = True
     max_extra_bytes: int | None = None
 
     def __post_init__(self) -> None:

@@ -36,7 +36,9 @@ class TokenMetrics:
         mask, aux_loss = outputs.label_mask, outputs.aux_loss
         # Counts beyond 2**24 have no fp32; Apple's GPUs have no fp64.
         dtype = torch.float32 if mask.device.type == "mps" else torch.float64
-        parts = [mask.sum(), outputs.entropy.sum(), outputs.is_top1.sum(), _tokens(inputs, mask)]
+        # FSDP2 rounds a model's outputs to 16 bits, which is no reason to round their sum.
+        entropy = outputs.entropy.sum(dtype=torch.float32)
+        parts = [mask.sum(), entropy, outputs.is_top1.sum(), _tokens(inputs, mask)]
         if aux_loss is not None:
             parts.append(aux_loss.detach())
         local = torch.stack([part.to(mask.device, dtype) for part in parts])

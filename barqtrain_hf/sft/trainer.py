@@ -11,12 +11,20 @@ from torch import nn
 from trl import SFTTrainer
 
 from barqtrain_hf.config import BarqConfig, check_liger
+from barqtrain_hf.data import PackedDataset
 from barqtrain_hf.errors import UnsupportedError
-from barqtrain_hf.patching import FusedLoss, TokenOutput, head_unsupported, unwrap
+from barqtrain_hf.patching import (
+    FusedLoss,
+    PatchReport,
+    TokenOutput,
+    head_unsupported,
+    unwrap,
+)
 from barqtrain_hf.patching.head import OP as FUSED_HEAD
 from barqtrain_hf.sft.checks import check_columns, check_model, check_not_empty
 from barqtrain_hf.sft.config import sft_arguments
 from barqtrain_hf.sft.metrics import TokenMetrics
+from barqtrain_hf.sft.packing import Packer, SFTCollator
 from barqtrain_hf.trainer import BarqTrainer
 
 # What the report calls SFTTrainer's loss and metrics, where they are computed here.
@@ -31,13 +39,16 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
     checkpoints and model cards are SFTTrainer's. The loss takes its gradient in the forward pass where the
     rows allow it, and metrics wait on the device until they are logged. Logs gain what `BarqTrainer`'s do.
 
+    With ``packing=True`` and best-fit packing (the default) a map-style data set becomes a `PackedDataset`,
+    packed anew for every epoch. Documents longer than ``max_length`` are split, where TRL's ``"bfd"`` cuts
+    off what is too long. The report says where SFTTrainer prepares data itself, and why.
+
     Raises:
         UnsupportedError: a model without an LM head, or `use_liger_kernel` with its fused cross-entropy.
         DataError: a data set is empty, or has no column to train on.
     """
 
     _tag_names = [*SFTTrainer._tag_names, "barq"]  # noqa: RUF012
-
     _stock_signature = inspect.signature(SFTTrainer.__init__)
 
     @functools.wraps(SFTTrainer.__init__)  # type: ignore[misc]
@@ -46,11 +57,27 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
         given.pop("self")
         given["args"] = training_args = sft_arguments(given.get("args"))
         self._tokens = TokenMetrics()
+        self._packer = Packer()
         check_model(given["model"], training_args)
         if getattr(training_args, "use_barq_kernels", True):
             # Here already, for SFTTrainer leaves Liger's loss out and says nothing.
             check_liger(training_args, BarqConfig.load(getattr(training_args, "barq_config", None)))
         super().__init__(**given)
+        if self._packs and self.padding_free and not self._skip_prepare_dataset:
+            self.data_collator = SFTCollator(
+                self.args.pad_to_multiple_of, self._tokenizer.pad_token_id
+            )
+
+    @property
+    def barq_report(self) -> PatchReport:
+        """What is installed in the model and in the data, what is not and why; print it to read it."""
+        report = super().barq_report
+        self._packer.tell(report)
+        return report
+
+    @property
+    def _packs(self) -> bool:
+        return self._kernels is not None and self._kernels.config.packing
 
     def _prepare_dataset(
         self,
@@ -61,10 +88,25 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
+        if isinstance(dataset, PackedDataset):  # prepared before, and now given to evaluate()
+            return dataset
         check_not_empty(dataset, dataset_name)
         check_columns(dataset, args, formatting_func, dataset_name)
-        return super()._prepare_dataset(
-            dataset, processing_class, args, packing, formatting_func, dataset_name
+        prepare = super()._prepare_dataset
+
+        def by_trl(args: Any, packing: bool) -> Any:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+        if not packing or not self._packs:
+            return by_trl(args, packing)
+        return self._packer.prepare(
+            dataset,
+            processing_class,
+            args,
+            formatting_func,
+            dataset_name,
+            self.completion_only_loss,
+            by_trl,
         )
 
     def compute_loss(
@@ -113,7 +155,8 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
         return loss
 
     def _fuses(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> bool:
-        if self._kernels is None or FUSED_HEAD not in self.barq_report.installed:
+        report = super().barq_report
+        if FUSED_HEAD not in report.installed:
             return False
         parallelism = getattr(self.accelerator, "parallelism_config", None)
         reason = None
@@ -125,10 +168,12 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
             reason = "label smoothing needs the logits"
         elif getattr(parallelism, "sp_enabled", False):
             reason = "sequence parallelism reduces its own loss"
+        elif self._is_vision_dataset:
+            reason = "SFTTrainer explains what goes wrong with images"
         else:
             reason = head_unsupported(unwrap(model), inputs, tokens=True)
         if reason is not None:
-            self.barq_report.fall_back(_LOSS, reason)
+            report.fall_back(_LOSS, reason)
         return reason is None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -45,14 +45,17 @@ def test_links_lead_somewhere() -> None:
 
 def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = tiny_model("llama")
+    datasets, tokenizer = pytest.importorskip("datasets"), small_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
     model.save_pretrained("model")
+    texts = ["one text", "and another"] * 9
     tokens, heads, size = 12, 4, 8
     q, k, v, cos, sin = torch.randn(5, 1, tokens, heads, size)
     scope: dict[str, Any] = {
         **{"model": model, "name": "model", "q": q, "k": k, "v": v},
         "documents": [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 9,
-        **{"texts": ["one text", "and another"] * 9, "tokenizer": small_tokenizer()},
+        **{"texts": texts, "tokenizer": tokenizer},
+        "dataset": datasets.Dataset.from_dict({"text": texts}),
         **{"cos": cos[:, :, 0], "sin": sin[:, :, 0]},
         "cu_seqlens": torch.tensor([0, 5, tokens], dtype=torch.int32),
     }

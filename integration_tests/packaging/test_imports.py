@@ -56,7 +56,7 @@ ONLY_IN = {
     },
     "peft": {"benchmarks", "patching", "cli"},
     "trl": {"benchmarks", "sft"},
-    "datasets": {"benchmarks"},
+    "datasets": {"benchmarks", "sft"},
     "deepspeed": {"patching"},
 }
 
