@@ -30,3 +30,9 @@ def packed_batch(
         # config.use_cache is True by default: documents would attend to each other, unsaid.
         "use_cache": False,
     }
+
+
+def sequence_index(cu_seq_lens: torch.Tensor) -> torch.Tensor:
+    """Which document each token is of: int32 of shape ``[1, T]``."""
+    numbers = torch.arange(len(cu_seq_lens) - 1, dtype=torch.int32)
+    return numbers.repeat_interleave(cu_seq_lens.diff())[None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from barqtrain_hf.data.batch import packed_batch
+from barqtrain_hf.data.batch import packed_batch, sequence_index
 from barqtrain_hf.data.dataset import PackedRow
 from barqtrain_hf.data.packing import non_negative_int, positive_int
 from barqtrain_hf.data.rows import IGNORE_INDEX, join, read_row
@@ -22,10 +22,18 @@ class BarqDataCollator:
     Attention stays within a document: transformers finds the documents in ``position_ids`` for
     sdpa, eager and flex attention, and in ``cu_seq_lens_*`` for FlashAttention.
 
+    On the rows of TRL's SFTTrainer the tensors are equal to those of its
+    ``DataCollatorForLanguageModeling(padding_free=True)``, except that there every token of padding is a
+    document. Unlike there, a row without ``labels`` and masks is refused: a stock Trainer takes the masks
+    of a row away, and nobody would see that the loss is on all tokens. It takes ``seq_lengths`` away, too:
+    for rows that need them pass it ``remove_unused_columns=False``.
+
     Args:
         pad_to_multiple_of: lengthens the row to a multiple of this by one more document, without
             labels, at its end.
         pad_token_id: what that document is made of.
+        return_seq_idx: whether to tell the document of each token, which the convolutions of
+            linear-attention layers need.
 
     Raises:
         ArgumentError: ``pad_to_multiple_of`` is not positive, or ``pad_token_id`` is negative or too
@@ -35,6 +43,7 @@ class BarqDataCollator:
 
     pad_to_multiple_of: int | None = None
     pad_token_id: int = 0
+    return_seq_idx: bool = False
 
     def __post_init__(self) -> None:
         if self.pad_to_multiple_of is not None:
@@ -45,19 +54,28 @@ class BarqDataCollator:
         """Collates rows of a `PackedDataset`, plain documents, or both.
 
         Args:
-            features: each has ``input_ids`` and ``labels``. ``attention_mask`` may mark padding at
-                the ends, which is cut off; ``seq_lengths`` or else restarting ``position_ids`` mark
-                documents within a feature; without them a feature is one document.
+            features: each has ``input_ids`` and ``labels``; or instead of labels ``completion_mask``,
+                ``assistant_masks`` or both, and a loss where they are 1. ``attention_mask`` may mark
+                padding at the ends, which is cut off; ``seq_lengths`` or else restarting
+                ``position_ids`` mark documents within a feature; without them a feature is one
+                document.
 
         Returns:
             ``input_ids``, ``labels`` and ``position_ids``, int64 of shape ``[1, T]``;
             ``cu_seq_lens_q`` and ``cu_seq_lens_k``, int32 of shape ``[documents + 1]``;
-            ``max_length_q`` and ``max_length_k``, ints; ``use_cache``, False. The first label of
-            each document is -100 and its positions start at 0.
+            ``max_length_q`` and ``max_length_k``, ints; ``use_cache``, False; where it was asked for
+            ``seq_idx``, int32 of shape ``[1, T]``. The first label of each document is -100 and its
+            positions start at 0.
 
         Raises:
             DataError: there are no tokens, or a feature lacks labels or does not add up.
         """
+        batch = self._collate(features)
+        if self.return_seq_idx:
+            batch["seq_idx"] = sequence_index(batch["cu_seq_lens_q"])
+        return batch
+
+    def _collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not features:
             raise DataError("features is empty: a batch needs at least one row.")
         lazy = [row for row in features if isinstance(row, PackedRow)]

@@ -13,7 +13,8 @@ from barqtrain_hf.errors import DataError
 IGNORE_INDEX = -100
 """Label of a token without loss, in transformers and torch alike."""
 
-ROW_KEYS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids")
+_MASKS = ("completion_mask", "assistant_masks")
+ROW_KEYS = ("input_ids", "labels", *_MASKS, "attention_mask", "seq_lengths", "position_ids")
 """All that is ever read of a row."""
 
 
@@ -38,42 +39,45 @@ def read_row(row: Mapping[str, Any], source: str, index: int) -> Row:
 
     Padding (``attention_mask`` 0) is cut off. Document boundaries come from ``seq_lengths``;
     failing that, from where ``position_ids`` do not go up by one, which is how transformers finds
-    them; failing both, the row is one document.
+    them; failing both, the row is one document. Without ``labels`` a token bears a loss where
+    ``completion_mask`` and ``assistant_masks``, one of which is needed then, are 1, as in TRL.
 
     Args:
-        row: has ``input_ids`` and ``labels``, and optionally ``attention_mask``, ``seq_lengths``
-            and ``position_ids``.
+        row: has ``input_ids`` and ``labels`` or masks, and optionally ``attention_mask``,
+            ``seq_lengths`` and ``position_ids``.
         source: what ``row`` is an item of, for messages.
         index: its place there, for messages.
 
     Raises:
         DataError: something is missing, is not a flat list of integers, or does not add up.
     """
+    name = f"{source}[{index}]"
     if not isinstance(row, Mapping):
-        raise DataError(
-            f"{source}[{index}] is a {type(row).__name__}: pass dicts with input_ids and labels."
-        )
-    input_ids = _integers(row, "input_ids", source, index)
-    labels = _integers(row, "labels", source, index)
-    _same_length(input_ids, labels, "labels", source, index)
+        raise DataError(f"{name} is a {type(row).__name__}: pass dicts with input_ids and labels.")
+    input_ids = _integers(row, "input_ids", name)
+    if row.get("labels") is None and any(row.get(key) is not None for key in _MASKS):
+        labels = _masked(row, input_ids, name)
+    else:
+        labels = _integers(row, "labels", name)
+        _same_length(input_ids, labels, "labels", name)
     positions = None
     if row.get("seq_lengths") is None and row.get("position_ids") is not None:
-        positions = _integers(row, "position_ids", source, index)
-        _same_length(input_ids, positions, "position_ids", source, index)
+        positions = _integers(row, "position_ids", name)
+        _same_length(input_ids, positions, "position_ids", name)
 
     if row.get("attention_mask") is not None:
-        mask = _integers(row, "attention_mask", source, index)
-        _same_length(input_ids, mask, "attention_mask", source, index)
-        kept = _without_padding(mask, source, index)
+        mask = _integers(row, "attention_mask", name)
+        _same_length(input_ids, mask, "attention_mask", name)
+        kept = _without_padding(mask, name)
         input_ids, labels = input_ids[kept], labels[kept]
         positions = positions if positions is None else positions[kept]
 
     total = len(input_ids)
     if row.get("seq_lengths") is not None:
-        lengths = _integers(row, "seq_lengths", source, index).astype(np.int64)
+        lengths = _integers(row, "seq_lengths", name).astype(np.int64)
         if (lengths < 0).any() or lengths.sum() != total:
             raise DataError(
-                f"{source}[{index}] has seq_lengths adding up to {lengths.sum()} for {total} "
+                f"{name} has seq_lengths adding up to {lengths.sum()} for {total} "
                 "tokens: list the length of each document in the row."
             )
     elif positions is not None:
@@ -123,7 +127,7 @@ def _int32(
     return values.astype(np.int32)
 
 
-def _integers(row: Mapping[str, Any], key: str, source: str, index: int) -> npt.NDArray[np.integer]:
+def _integers(row: Mapping[str, Any], key: str, name: str) -> npt.NDArray[np.integer]:
     values = row.get(key)
     if values is None:
         fix = (
@@ -131,11 +135,11 @@ def _integers(row: Mapping[str, Any], key: str, source: str, index: int) -> npt.
             if key == "labels"
             else "tokenize the text first."
         )
-        raise DataError(f"{source}[{index}] has no {key}: {fix}")
+        raise DataError(f"{name} has no {key}: {fix}")
     array = np.asarray(values)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
         raise DataError(
-            f"{source}[{index}] has {key} of shape {array.shape} and dtype {array.dtype}: "
+            f"{name} has {key} of shape {array.shape} and dtype {array.dtype}: "
             "pass a flat list of integers."
         )
     # An empty list has no dtype of its own and would come out as float.
@@ -146,17 +150,28 @@ def _same_length(
     input_ids: npt.NDArray[np.integer],
     other: npt.NDArray[np.integer],
     key: str,
-    source: str,
-    index: int,
+    name: str,
 ) -> None:
     if len(other) != len(input_ids):
         raise DataError(
-            f"{source}[{index}] has {len(other)} {key} for {len(input_ids)} input_ids: "
-            "pass one per token."
+            f"{name} has {len(other)} {key} for {len(input_ids)} input_ids: pass one per token."
         )
 
 
-def _without_padding(mask: npt.NDArray[np.integer], source: str, index: int) -> slice:
+def _masked(
+    row: Mapping[str, Any], input_ids: npt.NDArray[np.integer], name: str
+) -> npt.NDArray[np.integer]:
+    """Labels where all masks of the row are 1."""
+    labels = input_ids.astype(np.int64)
+    for key in _MASKS:
+        if row.get(key) is not None:
+            mask = _integers(row, key, name)
+            _same_length(input_ids, mask, key, name)
+            labels[mask == 0] = IGNORE_INDEX
+    return labels
+
+
+def _without_padding(mask: npt.NDArray[np.integer], name: str) -> slice:
     kept = np.flatnonzero(mask)
     if not len(kept):
         return slice(0, 0)
@@ -164,7 +179,7 @@ def _without_padding(mask: npt.NDArray[np.integer], source: str, index: int) -> 
     # A hole, or a numbered mask, means something other than padding; cutting would change it.
     if not (mask[inner] == 1).all():
         raise DataError(
-            f"{source}[{index}] has an attention_mask that is not ones with padding at the ends: "
+            f"{name} has an attention_mask that is not ones with padding at the ends: "
             "mark documents within a row by seq_lengths."
         )
     return inner

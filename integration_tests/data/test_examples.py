@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from prepared import ours, trls
 from small_tokenizers import TEXTS, small_tokenizer
 
 from barqtrain_hf.data import PackedDataset, PackedStream, tokenize
@@ -52,47 +53,6 @@ TOOLS = {
     "tools": json.dumps([{"name": "search"}]),
     "chat_template_kwargs": {"opening": "model"},
 }
-
-
-def ours(rows, tokenizer, tmp_path, **options):
-    """(ids, labels) of each row; the first label is left out, which packing masks in any case."""
-    store = tokenize(rows, tokenizer, tmp_path / "tokens", **options)
-    ids = store.input_ids & np.iinfo(np.int32).max
-    labels = np.where(store.input_ids < 0, -100, ids)
-    cuts = np.cumsum(store.lengths)[:-1]
-    return [
-        (i.tolist(), label.tolist()[1:])
-        for i, label in zip(np.split(ids, cuts), np.split(labels, cuts), strict=True)
-    ]
-
-
-def trls(rows, tokenizer, tmp_path):
-    """The same from SFTTrainer's preparation."""
-    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    )
-    trainer = trl.SFTTrainer(
-        model=LlamaForCausalLM(config),
-        args=trl.SFTConfig(
-            output_dir=str(tmp_path),
-            max_length=None,
-            report_to=[],
-            use_cpu=True,
-            bf16=False,
-            shuffle_dataset=False,
-        ),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    return [(row["input_ids"], row["labels"][1:]) for row in trainer.train_dataset]
 
 
 @pytest.mark.parametrize("kind", ROWS)
