@@ -52,4 +52,5 @@ class TextTokenizer:
         prompts: Sequence[str] | None,
         add_special_tokens: bool,
         eos: str | None,
+        spans: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> tuple[Int32, Int64]: ...

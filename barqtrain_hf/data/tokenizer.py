@@ -14,6 +14,9 @@ from barqtrain_hf import _rust
 from barqtrain_hf.data.packing import num_threads
 from barqtrain_hf.errors import ArgumentError, DataError, UnsupportedError
 
+Span = tuple[int, int]
+"""Characters of a text, from the first to before the second."""
+
 # What tokenizers differ over: contractions, digits, runs of spaces, combining marks and their
 # composed forms, scripts without spaces, right to left, emoji with joiners, control characters.
 _PROBES = (
@@ -119,7 +122,9 @@ class FastTokenizer:
         first: int = 0,
         *,
         prompts: Sequence[str] | None = None,
+        spans: Sequence[Sequence[Span]] | None = None,
         rendered: bool = False,
+        names: Sequence[str | None] | None = None,
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """Tokens of all texts, end to end, and how many each has.
 
@@ -129,7 +134,10 @@ class FastTokenizer:
             first: the place of the first of them there, for messages.
             prompts: how each text begins. No loss is borne by the tokens that a text and its prompt,
                 tokenised by itself, have in common at their front.
+            spans: the parts of each text that bear a loss, in characters from the first to before the
+                second; nothing else of it does.
             rendered: texts come from a chat template; neither special tokens nor EOS are added.
+            names: what texts are called in messages; None is their place in ``source``.
 
         Returns:
             ids of shape ``[T]``, with the top bit set where there is no loss, and lengths of shape
@@ -139,11 +147,11 @@ class FastTokenizer:
             DataError: an item is no string, or one that has no UTF-8.
         """
         for strings in (texts, prompts or ()):
-            _check(strings, source, first)
+            _check(strings, source, first, names)
         special = self._add_special_tokens and not rendered
         eos = None if rendered else self._eos
         try:
-            return self._ours().encode(texts, prompts, special, eos)
+            return self._ours().encode(texts, prompts, special, eos, spans)
         except ValueError as error:
             raise DataError(f"{source}[{first}:{first + len(texts)}]: {error}") from None
 
@@ -155,18 +163,22 @@ def _plain(serialized: str) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-def _check(strings: Sequence[str], source: str, first: int) -> None:
-    for index, text in enumerate(strings, first):
+def _check(
+    strings: Sequence[str], source: str, first: int, names: Sequence[str | None] | None
+) -> None:
+    for index, text in enumerate(strings):
+        if isinstance(text, str) and text.isascii():
+            continue
+        name = (names and names[index]) or f"{source}[{first + index}]"
         if not isinstance(text, str):
             raise DataError(
-                f"{source}[{index}] is {text!r} ({type(text).__name__}) instead of text: remove such "
-                "rows, or choose the column that holds the text."
+                f"{name} is {text!r} ({type(text).__name__}) instead of text: remove such rows, or choose "
+                "the column that holds the text."
             )
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{source}[{index}] has no UTF-8: {error.reason} at character {error.start}. Read "
-                    "it with the right encoding, or with errors='replace'."
-                ) from None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{name} has no UTF-8: {error.reason} at character {error.start}. Read it with the right "
+                "encoding, or with errors='replace'."
+            ) from None

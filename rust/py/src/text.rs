@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use barqtrain_text::Options;
+use barqtrain_text::{Options, Span};
 use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
@@ -27,6 +27,7 @@ impl TextTokenizer {
     }
 
     /// (ids of all texts end to end, with the top bit set where there is no loss; tokens of each text).
+    #[pyo3(signature = (texts, prompts, add_special_tokens, eos, spans=None))]
     #[allow(clippy::type_complexity)]
     fn encode<'py>(
         &self,
@@ -35,6 +36,7 @@ impl TextTokenizer {
         prompts: Option<Vec<PyBackedStr>>,
         add_special_tokens: bool,
         eos: Option<String>,
+        spans: Option<Vec<Vec<Span>>>,
     ) -> PyResult<(Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>)> {
         let options = Options {
             add_special_tokens,
@@ -44,7 +46,7 @@ impl TextTokenizer {
             .detach(|| {
                 // A panic within leaves no half-made state: a call only reads the tokenizer.
                 let mut tokenizer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-                tokenizer.encode(&texts, prompts.as_deref(), &options)
+                tokenizer.encode(&texts, prompts.as_deref(), spans.as_deref(), &options)
             })
             .map_err(refuse)?;
         Ok((

@@ -10,7 +10,7 @@ use std::fmt;
 use std::ops::Range;
 
 use barqtrain_core::{map_with, NO_LOSS};
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 /// Text that a thread takes at once: short enough to share evenly, long enough to be worth a lock.
 const CHUNK_BYTES: usize = 256 << 10;
@@ -37,6 +37,13 @@ pub enum TextError {
         /// For how many texts.
         texts: usize,
     },
+    /// Not one list of spans for each text.
+    SpansMismatch {
+        /// How many lists.
+        spans: usize,
+        /// For how many texts.
+        texts: usize,
+    },
 }
 
 impl fmt::Display for TextError {
@@ -53,6 +60,12 @@ impl fmt::Display for TextError {
             Self::PromptsMismatch { prompts, texts } => {
                 write!(f, "{prompts} prompts for {texts} texts: pass one for each.")
             }
+            Self::SpansMismatch { spans, texts } => {
+                write!(
+                    f,
+                    "{spans} lists of spans for {texts} texts: pass one for each."
+                )
+            }
         }
     }
 }
@@ -67,6 +80,9 @@ pub struct Documents {
     /// Tokens of each document.
     pub lengths: Vec<i64>,
 }
+
+/// Characters of a text, from the first to before the second.
+pub type Span = (usize, usize);
 
 /// What is added to texts.
 #[derive(Clone, Debug, Default)]
@@ -117,13 +133,17 @@ impl TextTokenizer {
     /// that a text and its prompt have in common at their front. Where a prompt alone ends in other
     /// tokens than it does within the text, the loss begins at the first other token, as in TRL.
     ///
+    /// `spans` are the parts of each text that bear a loss: [`NO_LOSS`] is set in all other tokens, those
+    /// that transformers' `apply_chat_template(return_assistant_tokens_mask=True)` leaves out.
+    ///
     /// # Errors
-    /// When the tokenizer refuses a text, the first of which is named, or there is not a prompt for
-    /// each text.
+    /// When the tokenizer refuses a text, the first of which is named, or there is not a prompt or a
+    /// list of spans for each text.
     pub fn encode<S: AsRef<str> + Sync>(
         &mut self,
         texts: &[S],
         prompts: Option<&[S]>,
+        spans: Option<&[Vec<Span>]>,
         options: &Options,
     ) -> Result<Documents, TextError> {
         if let Some(prompts) = prompts.filter(|prompts| prompts.len() != texts.len()) {
@@ -132,13 +152,20 @@ impl TextTokenizer {
                 texts: texts.len(),
             });
         }
+        if let Some(spans) = spans.filter(|spans| spans.len() != texts.len()) {
+            return Err(TextError::SpansMismatch {
+                spans: spans.len(),
+                texts: texts.len(),
+            });
+        }
         let chunks = chunks(texts, self.chunk_bytes);
         let encoded = map_with(&mut self.clones, chunks.len(), |tokenizer, chunk| {
             let mut documents = Documents::default();
             for index in chunks[chunk].clone() {
                 let prompt = prompts.map(|prompts| prompts[index].as_ref());
+                let spans = spans.map(|spans| spans[index].as_slice());
                 documents
-                    .push(tokenizer, texts[index].as_ref(), prompt, options)
+                    .push(tokenizer, texts[index].as_ref(), prompt, spans, options)
                     .map_err(|reason| TextError::Encode { index, reason })?;
             }
             Ok(documents)
@@ -159,6 +186,7 @@ impl Documents {
         tokenizer: &Tokenizer,
         text: &str,
         prompt: Option<&str>,
+        spans: Option<&[Span]>,
         options: &Options,
     ) -> Result<(), String> {
         let mut text = Cow::Borrowed(text);
@@ -166,27 +194,57 @@ impl Documents {
             text.to_mut().push_str(eos);
         }
         let special = options.add_special_tokens;
-        let ids = |text: &str| {
-            let encoding = tokenizer.encode_fast(text, special);
+        let encode = |text: &str, offsets: bool| {
+            let encoding = if offsets {
+                tokenizer.encode_char_offsets(text, special)
+            } else {
+                tokenizer.encode_fast(text, special)
+            };
             encoding.map_err(|error| error.to_string())
         };
-        let encoding = ids(&text)?;
+        let encoding = encode(&text, spans.is_some())?;
         let before = self.tokens.len();
         for &id in encoding.get_ids() {
             let id = i32::try_from(id).map_err(|_| format!("token id {id} is beyond int32"))?;
             self.tokens.push(id);
         }
+        let tokens = &mut self.tokens[before..];
         if let Some(prompt) = prompt {
-            let prompt = ids(prompt)?;
+            let prompt = encode(prompt, false)?;
             let pairs = encoding.get_ids().iter().zip(prompt.get_ids());
             let common = pairs.take_while(|(a, b)| a == b).count();
-            for token in &mut self.tokens[before..before + common] {
+            for token in &mut tokens[..common] {
                 *token |= NO_LOSS;
+            }
+        }
+        if let Some(spans) = spans {
+            for (token, inside) in tokens.iter_mut().zip(in_spans(&encoding, spans)) {
+                *token |= if inside { 0 } else { NO_LOSS };
             }
         }
         self.lengths.push((self.tokens.len() - before) as i64);
         Ok(())
     }
+}
+
+/// Which tokens are in the spans: what transformers' `apply_chat_template` takes for an assistant's.
+fn in_spans(encoding: &Encoding, spans: &[Span]) -> Vec<bool> {
+    let mut inside = vec![false; encoding.len()];
+    for &(begin, end) in spans {
+        let Some(first) = encoding.char_to_token(begin, 0) else {
+            break; // nor are there tokens for what comes later
+        };
+        let Some(last) = end.checked_sub(1) else {
+            continue;
+        };
+        // There, too, a span whose last character is in no token, or in the very first, has no end.
+        let last = encoding.char_to_token(last, 0).filter(|&token| token > 0);
+        let past = last.map_or(inside.len(), |token| token + 1);
+        if first < past {
+            inside[first..past].fill(true);
+        }
+    }
+    inside
 }
 
 /// Cuts texts into runs of at least `bytes`, but for the last, each as short as that allows.

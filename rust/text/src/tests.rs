@@ -6,7 +6,7 @@ use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::utils::truncation::TruncationParams;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::{chunks, Options, TextError, TextTokenizer, NO_LOSS};
+use super::{chunks, Options, Span, TextError, TextTokenizer, NO_LOSS};
 
 const PLAIN: Options = Options {
     add_special_tokens: false,
@@ -99,7 +99,7 @@ fn tokens_are_those_of_the_tokenizer_on_any_number_of_threads() {
                 add_special_tokens: special,
                 eos: None,
             };
-            let documents = ours.encode(&texts, None, &options).unwrap();
+            let documents = ours.encode(&texts, None, None, &options).unwrap();
             let lengths: Vec<i64> = expected.iter().map(|ids| ids.len() as i64).collect();
             assert_eq!(documents.lengths, lengths, "{threads} threads");
             assert_eq!(documents.tokens, expected.concat(), "{threads} threads");
@@ -118,7 +118,7 @@ fn eos_is_appended_where_it_is_not_the_end() {
         eos: Some("<eos>".to_owned()),
     };
     let documents = ours
-        .encode(&["the", "", "in<eos>"], None, &options)
+        .encode(&["the", "", "in<eos>"], None, None, &options)
         .unwrap();
     let id = |token: &str| tokenizer.token_to_id(token).unwrap() as i32;
     assert_eq!(documents.lengths, [2, 1, 2]);
@@ -140,8 +140,8 @@ fn what_a_text_and_its_prompt_share_bears_no_loss() {
     // The second prompt ends within what becomes the token "the"; the third is all of its text.
     let texts = ["in the", "in the", "in", "in"];
     let prompts = ["in", "in t", "in", ""];
-    let masked = ours.encode(&texts, Some(&prompts), &options).unwrap();
-    let plain = ours.encode(&texts, None, &options).unwrap();
+    let masked = ours.encode(&texts, Some(&prompts), None, &options).unwrap();
+    let plain = ours.encode(&texts, None, None, &options).unwrap();
     assert_eq!(masked.lengths, plain.lengths);
     let ids: Vec<i32> = masked.tokens.iter().map(|id| id & !NO_LOSS).collect();
     assert_eq!(ids, plain.tokens);
@@ -154,7 +154,7 @@ fn what_a_text_and_its_prompt_share_bears_no_loss() {
         at += length as usize;
     }
     let error = ours
-        .encode(&texts, Some(&prompts[1..]), &options)
+        .encode(&texts, Some(&prompts[1..]), None, &options)
         .unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -163,12 +163,68 @@ fn what_a_text_and_its_prompt_share_bears_no_loss() {
 }
 
 #[test]
+fn only_what_is_in_spans_bears_a_loss() {
+    let tokenizer = tokenizer();
+    let json = tokenizer.to_string(false).unwrap();
+    let mut ours = TextTokenizer::from_json(&json, false, 2).unwrap();
+    // Spans count characters, of which the face is one, with four tokens. A token of which a part is in
+    // a span is in it, but of the last character only the first; and no span ends in the first token. So
+    // it is in transformers.
+    let cases: [(&str, &[Span], &[usize]); 9] = [
+        ("<bos>the<eos>in", &[(5, 8)], &[1]),
+        ("\u{1F600}the", &[(1, 4)], &[4]),
+        ("\u{1F600}the", &[(0, 1)], &[0, 1, 2, 3, 4]),
+        ("the\u{1F600}the", &[(0, 4)], &[0, 1]),
+        ("in the in", &[(4, 5), (6, 7)], &[2, 3]),
+        ("inin<eos>", &[(2, 9)], &[1, 2]),
+        ("inin", &[], &[]),
+        ("in<eos>", &[(7, 9), (0, 2)], &[]),
+        ("inin", &[(0, 0), (2, 99)], &[1]),
+    ];
+    for (text, spans, expected) in cases {
+        let documents = ours
+            .encode(&[text], None, Some(&[spans.to_vec()]), &PLAIN)
+            .unwrap();
+        let plain = ours.encode(&[text], None, None, &PLAIN).unwrap();
+        let ids: Vec<i32> = documents.tokens.iter().map(|id| id & !NO_LOSS).collect();
+        assert_eq!(ids, plain.tokens);
+        let with: Vec<usize> = (0..ids.len())
+            .filter(|&place| documents.tokens[place] >= 0)
+            .collect();
+        assert_eq!(with, expected, "{text:?} {spans:?}");
+    }
+    // With a prompt, what is in neither.
+    let documents = ours
+        .encode(&["in<eos>in"], Some(&["in"]), Some(&[vec![(0, 7)]]), &PLAIN)
+        .unwrap();
+    let with: Vec<bool> = documents.tokens.iter().map(|&id| id >= 0).collect();
+    assert_eq!(with, [false, true, false]);
+    let error = ours.encode(&["in"], None, Some(&[]), &PLAIN).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "0 lists of spans for 1 texts: pass one for each."
+    );
+}
+
+#[test]
 fn special_tokens_may_be_text() {
     let json = tokenizer().to_string(false).unwrap();
     let mut whole = TextTokenizer::from_json(&json, false, 1).unwrap();
     let mut split = TextTokenizer::from_json(&json, true, 1).unwrap();
-    assert_eq!(whole.encode(&["<eos>"], None, &PLAIN).unwrap().lengths, [1]);
-    assert_eq!(split.encode(&["<eos>"], None, &PLAIN).unwrap().lengths, [5]);
+    assert_eq!(
+        whole
+            .encode(&["<eos>"], None, None, &PLAIN)
+            .unwrap()
+            .lengths,
+        [1]
+    );
+    assert_eq!(
+        split
+            .encode(&["<eos>"], None, None, &PLAIN)
+            .unwrap()
+            .lengths,
+        [5]
+    );
 }
 
 #[test]
