@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from barqtrain_hf.data.tokenizer import FastTokenizer
+from barqtrain_hf.data.chats import ChatTemplate
+from barqtrain_hf.data.tokenizer import FastTokenizer, Span
 from barqtrain_hf.errors import ArgumentError, DataError
 
 _TEXT_COLUMN = "text"
@@ -24,6 +24,8 @@ class Example(NamedTuple):
     prompt: Any
     rendered: bool
     """Whether a chat template made it, which writes the special tokens itself."""
+    spans: Sequence[Span] | None = None
+    """If not None, the characters of the text that bear a loss, as far as they come after the prompt."""
 
     @property
     def size(self) -> int:
@@ -34,15 +36,32 @@ class Example(NamedTuple):
 def encode_examples(
     tokenizer: FastTokenizer, examples: Sequence[Example], first: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """`FastTokenizer.encode` of examples of one kind, the first of which is row ``first``."""
+    """`FastTokenizer.encode` of examples of one kind, the first of which is row ``first``.
+
+    Raises:
+        DataError: one is no text, or spans of it bear a loss and no token is in them.
+    """
     prompts = [example.prompt for example in examples] if examples[0].prompt is not None else None
-    return tokenizer.encode(
+    spans = [example.spans or () for example in examples] if examples[0].spans is not None else None
+    ids, lengths = tokenizer.encode(
         [example.text for example in examples],
         "dataset",
         first,
         prompts=prompts,
+        spans=spans,
         rendered=examples[0].rendered,
     )
+    if spans is not None and prompts is None:
+        with_loss = np.append(0, np.cumsum(ids >= 0))
+        ends = np.cumsum(lengths)
+        (silent,) = np.nonzero(with_loss[ends] == with_loss[ends - lengths])
+        if len(silent):
+            raise DataError(
+                f"dataset[{first + silent[0]}] has no tokens of the assistant, and assistant_only_loss is "
+                "True: leave such chats out, or put {% generation %} around all that the assistant says in "
+                "the chat template."
+            )
+    return ids, lengths
 
 
 class Schema:
@@ -52,21 +71,25 @@ class Schema:
     - ``messages``: a chat; every token bears a loss.
     - text: a string, or a dict with ``text_column``; every token bears a loss.
 
-    A row that is several of these is the first. Chats are rendered by ``tokenizer.apply_chat_template``
-    with the ``tools`` and ``chat_template_kwargs`` of the row.
+    A row that is several of these is the first. Chats are rendered by the tokenizer's chat template with
+    the ``tools`` and ``chat_template_kwargs`` of the row.
 
     Args:
         tokenizer: the Hugging Face tokenizer.
         text_column: the key of the text. None is ``"text"``; another name than that was asked for, so it
             comes before all else.
+        assistant_only_loss: whether only what the assistant says bears a loss; rows must be chats.
 
     Attributes:
         columns: the keys of a row that are read.
         wanted: what a row must have, for messages.
     """
 
-    def __init__(self, tokenizer: Any, text_column: str | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, text_column: str | None = None, assistant_only_loss: bool = False
+    ) -> None:
+        self._template = ChatTemplate(tokenizer, assistant_only_loss)
+        self._assistant_only = assistant_only_loss
         self._text_column = text_column or _TEXT_COLUMN
         self._text_only = self._text_column != _TEXT_COLUMN
         self._kind: str | None = None
@@ -85,26 +108,33 @@ class Schema:
 
         Raises:
             DataError: the row is of no kind, or of another than the rows before it.
-            ArgumentError: a chat, and the tokenizer has no chat template.
+            ArgumentError: a chat, and the tokenizer has no chat template; or the loss is to be the
+                assistant's only, and this is no chat, or the template does not tell.
         """
         kind = self._kind_of(row, index)
         if self._kind is None:
             self._kind = kind
+            if self._assistant_only and not self.is_chat:
+                raise ArgumentError(
+                    f"assistant_only_loss is True, and dataset[{index}] is no chat but has {kind}: pass "
+                    "messages, or leave it False."
+                )
         if kind != self._kind:
             raise DataError(
-                f"dataset[{index}] has {kind} and the rows before it {self._kind}: all rows must be "
-                "alike."
+                f"dataset[{index}] has {kind} and the rows before it {self._kind}: all rows must be alike."
             )
         if kind == "text":
             text = row[self._text_column] if isinstance(row, Mapping) else row
             return Example(text, None, False)
         if kind == "messages":
-            return Example(self._render(row, row["messages"]), None, True)
+            text, spans = self._template.render_and_find(row, row["messages"])
+            return Example(text, None, True, spans)
         prompt, completion = row["prompt"], row["completion"]
         if kind == "prompt and completion":
             return Example(prompt + completion, prompt, False)
-        rendered = self._render(row, prompt, add_generation_prompt=True)
-        return Example(self._render(row, [*prompt, *completion]), rendered, True)
+        rendered = self._template.render(row, prompt, add_generation_prompt=True)
+        text, spans = self._template.render_and_find(row, [*prompt, *completion])
+        return Example(text, rendered, True, spans)
 
     def _kind_of(self, row: Any, index: int) -> str:
         if not isinstance(row, Mapping):
@@ -117,8 +147,8 @@ class Schema:
             texts = {_is_text(row, key, index) for key in ("prompt", "completion")}
             if len(texts) == 2:
                 raise DataError(
-                    f"dataset[{index}] has a prompt and a completion of which one is text and the other "
-                    "a chat: make both text, or both lists of messages."
+                    f"dataset[{index}] has a prompt and a completion of which one is text and the other a "
+                    "chat: make both text, or both lists of messages."
                 )
             return "prompt and completion" + ("" if texts == {True} else " messages")
         if "messages" in there:
@@ -131,23 +161,8 @@ class Schema:
         if self._text_column in row:
             return "text"
         raise DataError(
-            f"dataset[{index}] has no {self.wanted}, only {', '.join(map(str, row))}: pass text_column."
-        )
-
-    def _render(
-        self, row: Mapping[str, Any], messages: Any, add_generation_prompt: bool = False
-    ) -> Any:
-        if getattr(self._tokenizer, "chat_template", None) is None:
-            raise ArgumentError(
-                "dataset holds chats, and the tokenizer has no chat_template: set one, or pass text."
-            )
-        tools = row.get("tools")
-        return self._tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            tools=json.loads(tools) if isinstance(tools, str) else tools,
-            **(row.get("chat_template_kwargs") or {}),
+            f"dataset[{index}] has no {self.wanted}, only {', '.join(map(str, row))}: pass "
+            "text_column."
         )
 
 

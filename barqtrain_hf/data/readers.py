@@ -14,9 +14,14 @@ from barqtrain_hf.data.tokenizer import FastTokenizer
 class TextReader:
     """Tokenises texts, chats, and prompts with their completions."""
 
-    def __init__(self, tokenizer: FastTokenizer, text_column: str | None) -> None:
+    def __init__(
+        self,
+        tokenizer: FastTokenizer,
+        text_column: str | None,
+        assistant_only_loss: bool = False,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._schema = Schema(tokenizer.tokenizer, text_column)
+        self._schema = Schema(tokenizer.tokenizer, text_column, assistant_only_loss)
         self._plain = True
 
     def example(self, row: Any, index: int) -> tuple[Example, int]:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -146,6 +146,7 @@ def tokenize(
     text_column: str | None = None,
     add_special_tokens: bool = True,
     append_eos: bool = True,
+    assistant_only_loss: bool = False,
 ) -> TokenStore:
     """Tokenises texts into a file, or takes the file from an earlier run on the same texts.
 
@@ -165,19 +166,23 @@ def tokenize(
             else; what has another name is taken even where rows have ``messages`` or a ``prompt``.
         add_special_tokens: as in ``tokenizer(text, add_special_tokens=...)``.
         append_eos: whether ``eos_token`` goes after every text that does not end with it, as in TRL.
+        assistant_only_loss: of chats only what the assistant says bears a loss: what the chat template has
+            between ``{% generation %}`` and ``{% endgeneration %}``, as in TRL.
 
     Raises:
         UnsupportedError: the tokenizer has no fast version.
-        DataError: there is no text, some row has none, or rows are of different kinds. Or there is a
-            file at ``path`` that is no token store.
-        ArgumentError: there are chats and no chat template, or no ``eos_token`` to append.
+        DataError: there is no text, some row has none, or rows are of different kinds; a chat has no
+            tokens of the assistant. Or there is a file at ``path`` that is no token store.
+        ArgumentError: there are chats and no chat template, or one without ``{% generation %}`` for
+            ``assistant_only_loss``; no chats for it; no ``eos_token`` to append.
         ArgumentTypeError: ``dataset`` has no length, is one string or path, or has several splits.
         StorageError: the file cannot be written, such as on a full disk; nothing is left behind.
     """
     _check(dataset)
     fast = FastTokenizer(tokenizer, add_special_tokens=add_special_tokens, append_eos=append_eos)
+    reading = _Reading(fast, text_column, assistant_only_loss)
     path = Path(path).absolute()
-    key = _key(dataset, text_column, fast)
+    key = _key(dataset, reading)
     store, seen = _find(path, key, None)
     while store is None:
         writer = _claim(path, key)
@@ -188,11 +193,22 @@ def tokenize(
         try:
             store, seen = _find(path, key, seen)  # its last writer may have finished since
             if store is None:
-                _write(writer, dataset, text_column, fast)
+                _write(writer, dataset, reading)
                 store = TokenStore(path, key)
         finally:
             writer.abandon()
     return store
+
+
+class _Reading(NamedTuple):
+    """How rows become examples, and examples tokens."""
+
+    tokenizer: FastTokenizer
+    text_column: str | None
+    assistant_only_loss: bool
+
+    def schema(self) -> Schema:
+        return Schema(self.tokenizer.tokenizer, self.text_column, self.assistant_only_loss)
 
 
 def _check(dataset: Any) -> None:
@@ -259,13 +275,11 @@ def _begin(path: Path) -> bytes:
         return b""
 
 
-def _write(
-    writer: _rust.StoreWriter, dataset: Any, text_column: str | None, tokenizer: FastTokenizer
-) -> None:
+def _write(writer: _rust.StoreWriter, dataset: Any, reading: _Reading) -> None:
     started, tokens, done = time.perf_counter(), 0, 0
     try:
-        for examples in _batches(dataset, text_column, tokenizer):
-            ids, lengths = encode_examples(tokenizer, examples, done)
+        for examples in _batches(dataset, reading):
+            ids, lengths = encode_examples(reading.tokenizer, examples, done)
             writer.push(ids, lengths)
             tokens, done = tokens + len(ids), done + len(examples)
         writer.finish()
@@ -277,11 +291,9 @@ def _write(
     )
 
 
-def _batches(
-    dataset: Any, text_column: str | None, tokenizer: FastTokenizer
-) -> Iterator[list[Example]]:
+def _batches(dataset: Any, reading: _Reading) -> Iterator[list[Example]]:
     """All examples, about `_BYTES_PER_CALL` at a time."""
-    schema = Schema(tokenizer.tokenizer, text_column)
+    schema = reading.schema()
     examples: list[Example] = []
     size = done = 0
     for first in range(0, len(dataset), _ROWS_PER_READ):
@@ -330,9 +342,10 @@ def _item(dataset: Any, at: int | slice) -> Any:
         ) from error
 
 
-def _key(dataset: Any, text_column: str | None, tokenizer: FastTokenizer) -> bytes:
+def _key(dataset: Any, reading: _Reading) -> bytes:
     """Digest of everything that the tokens depend on."""
-    digest = hashlib.blake2b(f"{_VERSION} {tokenizer.identity}".encode(), digest_size=32)
+    identity = reading.tokenizer.identity
+    digest = hashlib.blake2b(f"{_VERSION} {identity}".encode(), digest_size=32)
 
     def add(part: Any) -> None:
         # None and 3 are not the texts "None" and "3".
@@ -341,14 +354,18 @@ def _key(dataset: Any, text_column: str | None, tokenizer: FastTokenizer) -> byt
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
 
+    if reading.assistant_only_loss:
+        add(True)
     # A datasets.Dataset knows a digest of its own contents; that of other data is made here.
     fingerprint = getattr(dataset, "_fingerprint", None)
     if fingerprint is not None:
         add(fingerprint)
-        add(text_column or "text")
+        add(reading.text_column or "text")
         return digest.digest()
-    for examples in _batches(dataset, text_column, tokenizer):
-        for text, prompt, rendered in examples:
-            for part in (text, prompt, rendered):
+    for examples in _batches(dataset, reading):
+        for example in examples:
+            for part in (example.text, example.prompt, example.rendered):
                 add(part)
+            if reading.assistant_only_loss:
+                add(example.spans)
     return digest.digest()

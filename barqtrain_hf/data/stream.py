@@ -64,6 +64,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         max_length: tokens a row can hold.
         tokenizer: a fast tokenizer, or a `FastTokenizer` for other than its default settings.
         text_column: as in `tokenize`.
+        assistant_only_loss: as in `tokenize`.
         batch_size: rows of each batch; without it 1, and in a `BarqTrainer` its
             ``per_device_train_batch_size``.
         overflow: as in `PackedDataset`. By default long texts are split, and all else that is too long
@@ -90,6 +91,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         *,
         tokenizer: Any = None,
         text_column: str | None = None,
+        assistant_only_loss: bool = False,
         batch_size: int | None = None,
         overflow: Overflow | None = None,
         seed: int = 0,
@@ -118,12 +120,18 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 "Pass the data set as it was before the split, or rank=0, world_size=1.",
             )
         if tokenizer is None:
+            if assistant_only_loss:
+                raise ArgumentError(
+                    "assistant_only_loss is True and there is no tokenizer: the labels of ready tokens say "
+                    "where there is a loss."
+                )
             self._reader: Reader = TokenReader()
             identity, column = "input_ids", None
         else:
             fast = tokenizer if isinstance(tokenizer, FastTokenizer) else FastTokenizer(tokenizer)
-            self._reader = TextReader(fast, text_column)
+            self._reader = TextReader(fast, text_column, assistant_only_loss)
             identity, column = fast.identity, text_column or "text"
+            identity += " assistant_only_loss" if assistant_only_loss else ""
         self._made_from = {
             "version": _VERSION,
             "max_length": self.max_length,

@@ -48,6 +48,7 @@ ONLY_IN = {
         "checkpoints",
         "cli",
         "config",
+        "data",
         "loss_filter",
         "patching",
         "sft",
