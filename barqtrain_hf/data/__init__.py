@@ -6,6 +6,7 @@ without the GIL; no token becomes a Python object.
 
 from barqtrain_hf.data.collator import BarqDataCollator
 from barqtrain_hf.data.dataset import PackedDataset
+from barqtrain_hf.data.files import DataFiles
 from barqtrain_hf.data.packing import pack_sequences
 from barqtrain_hf.data.store import TokenStore, tokenize
 from barqtrain_hf.data.stream import PackedStream
@@ -13,6 +14,7 @@ from barqtrain_hf.data.tokenizer import FastTokenizer
 
 __all__ = [
     "BarqDataCollator",
+    "DataFiles",
     "FastTokenizer",
     "PackedDataset",
     "PackedStream",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal, Protocol, SupportsIndex, get_args
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 
 from barqtrain_hf import _rust
 from barqtrain_hf.data.batch import packed_batch
+from barqtrain_hf.data.files import DataFiles
 from barqtrain_hf.data.fit import fit_documents
 from barqtrain_hf.data.packing import non_negative_int, plan_epoch, positive_int
 from barqtrain_hf.data.rows import ROW_KEYS, Row, Tokens, join, read_row, stored
-from barqtrain_hf.data.source import check_dataset
+from barqtrain_hf.data.source import open_dataset
 from barqtrain_hf.data.store import TokenStore
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -43,10 +45,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     (`repack`).
 
     Args:
-        dataset: sized and indexable; rows are dicts with ``input_ids`` and ``labels`` (lists,
-            tensors or arrays, equally long). ``attention_mask``, ``seq_lengths`` and
-            ``position_ids`` are honoured as `BarqDataCollator` honours them. A
-            ``datasets.Dataset`` is read by column, without making Python lists. Or a `TokenStore`.
+        dataset: sized and indexable, or `DataFiles`; rows are dicts with ``input_ids`` and ``labels``
+            (lists, tensors or arrays, equally long). Masks, ``seq_lengths`` and ``position_ids`` are
+            honoured as `BarqDataCollator` honours them. A ``datasets.Dataset`` is read by column,
+            without making Python lists. Or a `TokenStore`.
         max_length: tokens a row can hold.
         overflow: what happens to a document longer than that. ``"error"`` refuses it; ``"split"``
             cuts it into documents of ``max_length`` tokens, each of which loses the label of its
@@ -70,7 +72,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         DataError: ``dataset`` is empty or unlabelled, a row is malformed, an id is out of range, or
             a document is too long and ``overflow`` is ``"error"``.
         ArgumentError: ``max_length``, ``overflow`` or ``seed`` has an impossible value.
-        ArgumentTypeError: ``dataset`` has no length or is no data set (a path, a DatasetDict), or
+        ArgumentTypeError: ``dataset`` has no length or is no data set (a DatasetDict), or
             ``max_length`` or ``seed`` is not an integer.
     """
 
@@ -239,7 +241,9 @@ class PackedRow(Mapping[str, torch.Tensor]):
 
 def _read_tokens(dataset: Any) -> Tokens:
     """All tokens, labels and document lengths of ``dataset``."""
-    check_dataset(dataset)
+    dataset = open_dataset(dataset)
+    if isinstance(dataset, DataFiles):
+        return _read_files(dataset)
     try:
         num_rows = len(dataset)
     except TypeError:
@@ -261,6 +265,16 @@ def _read_tokens(dataset: Any) -> Tokens:
             else _read_columns(dataset, arrow, indices)
         )
         chunks.append(stored(chunk, "dataset"))
+    return Tokens(*map(np.concatenate, zip(*chunks, strict=True)))
+
+
+def _read_files(files: DataFiles) -> Tokens:
+    chunks, rows = [], iter(files.only(ROW_KEYS))
+    while found := list(islice(rows, _ROWS_PER_READ)):
+        chunk = join([read_row(row, "dataset", index) for index, row in enumerate(found)])
+        chunks.append(stored(chunk, "dataset"))
+    if not chunks:
+        raise DataError(f"{files!r} has no rows: pass files with at least one document.")
     return Tokens(*map(np.concatenate, zip(*chunks, strict=True)))
 
 

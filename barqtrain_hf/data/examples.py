@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from barqtrain_hf.data.chats import ChatTemplate
+from barqtrain_hf.data.rows import FileRow, where
 from barqtrain_hf.data.tokenizer import FastTokenizer, Span
 from barqtrain_hf.errors import ArgumentError, DataError
 
@@ -26,6 +27,8 @@ class Example(NamedTuple):
     """Whether a chat template made it, which writes the special tokens itself."""
     spans: Sequence[Span] | None = None
     """If not None, the characters of the text that bear a loss, as far as they come after the prompt."""
+    origin: str | None = None
+    """Where it is from, if a row of a file."""
 
     @property
     def size(self) -> int:
@@ -43,6 +46,7 @@ def encode_examples(
     """
     prompts = [example.prompt for example in examples] if examples[0].prompt is not None else None
     spans = [example.spans or () for example in examples] if examples[0].spans is not None else None
+    names = [example.origin for example in examples]
     ids, lengths = tokenizer.encode(
         [example.text for example in examples],
         "dataset",
@@ -50,16 +54,17 @@ def encode_examples(
         prompts=prompts,
         spans=spans,
         rendered=examples[0].rendered,
+        names=names,
     )
     if spans is not None and prompts is None:
         with_loss = np.append(0, np.cumsum(ids >= 0))
         ends = np.cumsum(lengths)
         (silent,) = np.nonzero(with_loss[ends] == with_loss[ends - lengths])
         if len(silent):
+            name = names[silent[0]] or f"dataset[{first + silent[0]}]"
             raise DataError(
-                f"dataset[{first + silent[0]}] has no tokens of the assistant, and assistant_only_loss is "
-                "True: leave such chats out, or put {% generation %} around all that the assistant says in "
-                "the chat template."
+                f"{name} has no tokens of the assistant, and assistant_only_loss is True: leave such chats "
+                "out, or put {% generation %} around all that the assistant says in the chat template."
             )
     return ids, lengths
 
@@ -116,25 +121,26 @@ class Schema:
             self._kind = kind
             if self._assistant_only and not self.is_chat:
                 raise ArgumentError(
-                    f"assistant_only_loss is True, and dataset[{index}] is no chat but has {kind}: pass "
+                    f"assistant_only_loss is True, and {where(row, index)} is no chat but has {kind}: pass "
                     "messages, or leave it False."
                 )
         if kind != self._kind:
             raise DataError(
-                f"dataset[{index}] has {kind} and the rows before it {self._kind}: all rows must be alike."
+                f"{where(row, index)} has {kind} and the rows before it {self._kind}: all rows must be alike."
             )
+        origin = row.origin if isinstance(row, FileRow) else None
         if kind == "text":
             text = row[self._text_column] if isinstance(row, Mapping) else row
-            return Example(text, None, False)
+            return Example(text, None, False, None, origin)
         if kind == "messages":
             text, spans = self._template.render_and_find(row, row["messages"])
-            return Example(text, None, True, spans)
+            return Example(text, None, True, spans, origin)
         prompt, completion = row["prompt"], row["completion"]
         if kind == "prompt and completion":
-            return Example(prompt + completion, prompt, False)
+            return Example(prompt + completion, prompt, False, None, origin)
         rendered = self._template.render(row, prompt, add_generation_prompt=True)
         text, spans = self._template.render_and_find(row, [*prompt, *completion])
-        return Example(text, rendered, True, spans)
+        return Example(text, rendered, True, spans, origin)
 
     def _kind_of(self, row: Any, index: int) -> str:
         if not isinstance(row, Mapping):
@@ -147,21 +153,21 @@ class Schema:
             texts = {_is_text(row, key, index) for key in ("prompt", "completion")}
             if len(texts) == 2:
                 raise DataError(
-                    f"dataset[{index}] has a prompt and a completion of which one is text and the other a "
+                    f"{where(row, index)} has a prompt and a completion of which one is text and the other a "
                     "chat: make both text, or both lists of messages."
                 )
             return "prompt and completion" + ("" if texts == {True} else " messages")
         if "messages" in there:
             if _is_text(row, "messages", index):
                 raise DataError(
-                    f"dataset[{index}]['messages'] is text: pass a list of messages, or "
+                    f"{where(row, index)}['messages'] is text: pass a list of messages, or "
                     "text_column='messages'."
                 )
             return "messages"
         if self._text_column in row:
             return "text"
         raise DataError(
-            f"dataset[{index}] has no {self.wanted}, only {', '.join(map(str, row))}: pass "
+            f"{where(row, index)} has no {self.wanted}, only {', '.join(map(str, _keys(row)))}: pass "
             "text_column."
         )
 
@@ -174,6 +180,11 @@ def _is_text(row: Mapping[str, Any], key: str, index: int) -> bool:
     if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (bytes, bytearray)):
         return False
     raise DataError(
-        f"dataset[{index}][{key!r}] is {reprlib.repr(value)} ({type(value).__name__}): pass "
+        f"{where(row, index)}[{key!r}] is {reprlib.repr(value)} ({type(value).__name__}): pass "
         f"{'' if key == 'messages' else 'text or '}a list of messages."
     )
+
+
+def _keys(row: Mapping[str, Any]) -> Iterable[Any]:
+    """Those of the row as the user has it, of which not all may have been read."""
+    return row.columns if isinstance(row, FileRow) and row.columns else row

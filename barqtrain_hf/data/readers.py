@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from barqtrain_hf.data.examples import Example, Schema, encode_examples
-from barqtrain_hf.data.rows import IGNORE_INDEX, Row, Tokens, join, read_row, stored
+from barqtrain_hf.data.rows import IGNORE_INDEX, ROW_KEYS, Row, Tokens, join, read_row, stored
 from barqtrain_hf.data.tokenizer import FastTokenizer
 
 
@@ -22,6 +22,7 @@ class TextReader:
     ) -> None:
         self._tokenizer = tokenizer
         self._schema = Schema(tokenizer.tokenizer, text_column, assistant_only_loss)
+        self.columns = self._schema.columns
         self._plain = True
 
     def example(self, row: Any, index: int) -> tuple[Example, int]:
@@ -44,6 +45,7 @@ class TokenReader:
     """Takes rows that hold ``input_ids`` and ``labels``."""
 
     overflow = "error"
+    columns = ROW_KEYS
 
     def example(self, row: Any, index: int) -> tuple[Row, int]:
         found = read_row(row, "dataset", index)

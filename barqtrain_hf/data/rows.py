@@ -18,6 +18,37 @@ ROW_KEYS = ("input_ids", "labels", *_MASKS, "attention_mask", "seq_lengths", "po
 """All that is ever read of a row."""
 
 
+class FileRow(dict[str, Any]):
+    """A row that knows where in which file it is.
+
+    Attributes:
+        origin: that, for messages.
+        columns: all keys of the row, where it has only those that were asked for.
+    """
+
+    __slots__ = ("_file", "_number", "_unit", "columns")
+
+    def __init__(
+        self,
+        values: Any,
+        file: str,
+        unit: str,
+        number: int,
+        columns: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(values)
+        self._file, self._unit, self._number, self.columns = file, unit, number, columns
+
+    @property
+    def origin(self) -> str:
+        return f"{self._file}, {self._unit} {self._number}"
+
+
+def where(row: Any, index: int, source: str = "dataset") -> str:
+    """What messages call a row, which is item ``index`` of ``source``."""
+    return row.origin if isinstance(row, FileRow) else f"{source}[{index}]"
+
+
 class Row(NamedTuple):
     """Tokens of any number of documents, back to back."""
 
@@ -51,7 +82,7 @@ def read_row(row: Mapping[str, Any], source: str, index: int) -> Row:
     Raises:
         DataError: something is missing, is not a flat list of integers, or does not add up.
     """
-    name = f"{source}[{index}]"
+    name = where(row, index, source)
     if not isinstance(row, Mapping):
         raise DataError(f"{name} is a {type(row).__name__}: pass dicts with input_ids and labels.")
     input_ids = _integers(row, "input_ids", name)

@@ -8,10 +8,11 @@ import logging
 import os
 import pickle
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from barqtrain_hf.data.files import DataFiles, is_data_file
 from barqtrain_hf.errors import ArgumentTypeError, DataError
 
 logger = logging.getLogger(__name__)
@@ -21,23 +22,35 @@ logger = logging.getLogger(__name__)
 _SHARED = ("kwargs", "function", "fn_kwargs", "generate_examples_fn", "generate_tables_fn")
 
 
-def check_dataset(dataset: Any) -> None:
-    """Refuses what can be indexed or iterated over and is no data set.
+def open_dataset(dataset: Any) -> Any:
+    """The data set, or `DataFiles` for a path; refuses what can be iterated over and is no data set.
 
     Raises:
-        ArgumentTypeError: ``dataset`` is a string, bytes, a path, or a mapping such as a DatasetDict.
+        ArgumentTypeError: ``dataset`` is bytes, a mapping such as a DatasetDict, or a list of names of files.
+        ArgumentError: it is a path, and not of a file that can be read.
     """
-    if isinstance(dataset, (str, bytes, bytearray, os.PathLike)):
+    if isinstance(dataset, (str, os.PathLike)):
+        return DataFiles(dataset)
+    if isinstance(dataset, (bytes, bytearray)):
         raise ArgumentTypeError(
-            f"dataset is {reprlib.repr(dataset)} ({type(dataset).__name__}), a path or one text instead of "
-            'documents: pass datasets.load_dataset("text", data_files=..., split="train"), or a list of '
-            "texts."
+            f"dataset is {reprlib.repr(dataset)} ({type(dataset).__name__}): pass a path, or a list of texts."
         )
     if isinstance(dataset, Mapping):
         raise ArgumentTypeError(
             f"dataset is a {type(dataset).__name__} with {', '.join(map(repr, islice(dataset, 8)))}: choose "
             'a split, such as dataset["train"].'
         )
+    if isinstance(dataset, (list, tuple)) and dataset:
+        first = dataset[0]
+        if isinstance(first, os.PathLike):
+            return DataFiles(dataset)
+        # Strings in a list are texts. To train on names of files is never what was meant.
+        if isinstance(first, str) and len(first) < 4096 and is_data_file(first):
+            raise ArgumentTypeError(
+                f"dataset[0] is {first!r}, the name of a file, and strings in a list are texts: pass "
+                "DataFiles(dataset)."
+            )
+    return dataset
 
 
 class Source:
@@ -52,11 +65,11 @@ class Source:
     of it nor another reader moves this one.
 
     Args:
-        dataset: sized and indexable, or iterable.
+        dataset: sized and indexable, iterable, or a path.
 
     Attributes:
         size: number of rows, or None where nobody knows it.
-        fingerprint: of a ``datasets.Dataset``, else None.
+        fingerprint: of a ``datasets.Dataset``, or the layout of files; else None.
         shuffling: names the random generators by which the data set shuffles; None without any.
         split_by_node: whether ``datasets`` gives this process some of the rows only.
 
@@ -65,7 +78,7 @@ class Source:
     """
 
     def __init__(self, dataset: Any) -> None:
-        check_dataset(dataset)
+        dataset = open_dataset(dataset)
         self._dataset = dataset
         self._indexed = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         if not self._indexed and not hasattr(dataset, "__iter__"):
@@ -79,12 +92,21 @@ class Source:
         self._nodes = list(_nodes(getattr(dataset, "_ex_iterable", None)))
         self._stateful = self._copied and not any(map(_is_buffer, self._nodes))
         self.size = len(dataset) if self._indexed else None
-        self.fingerprint: str | None = getattr(dataset, "_fingerprint", None)
+        self.fingerprint: str | None = (
+            dataset.layout
+            if isinstance(dataset, DataFiles)
+            else getattr(dataset, "_fingerprint", None)
+        )
         self.shuffling = _shuffling(self._nodes)
         self.split_by_node = getattr(dataset, "_distributed", None) is not None
         self._live: Any = None
         self._rows: Iterator[Any] = iter(())
         self._count = 0
+
+    def only(self, columns: Sequence[str]) -> None:
+        """Reads no other columns, where that saves reading."""
+        if isinstance(self._dataset, DataFiles):
+            self._dataset = self._dataset.only(columns)
 
     def seek(self, place: Any, epoch: int = 0) -> None:
         """Goes to a `place` of an earlier reader of this epoch, or, with None, to the first row.

@@ -59,8 +59,9 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Args:
         dataset: documents, in the order they are to be read: a list, a map-style or an iterable data
-            set. With a ``tokenizer`` rows are as in `tokenize`, else as in `PackedDataset`. To resume a
-            data set with a shuffle buffer, its rows are read again from the first.
+            set, `DataFiles`, or a path or glob as `DataFiles` takes it. With a ``tokenizer`` rows are as in
+            `tokenize`, else as in `PackedDataset`. To resume a data set with a shuffle buffer, its rows are
+            read again from the first.
         max_length: tokens a row can hold.
         tokenizer: a fast tokenizer, or a `FastTokenizer` for other than its default settings.
         text_column: as in `tokenize`.
@@ -78,7 +79,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
 
     Raises:
         ArgumentError: an impossible value.
-        ArgumentTypeError: ``dataset`` cannot be iterated over or is no data set (a path, a DatasetDict),
+        ArgumentTypeError: ``dataset`` cannot be iterated over or is no data set (a DatasetDict),
             or a number is none.
         UnsupportedError: ``tokenizer`` has no fast version, or ``dataset`` was split by node already and
             there are several ranks.
@@ -132,6 +133,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             self._reader = TextReader(fast, text_column, assistant_only_loss)
             identity, column = fast.identity, text_column or "text"
             identity += " assistant_only_loss" if assistant_only_loss else ""
+        self._source.only(self._reader.columns)
         self._made_from = {
             "version": _VERSION,
             "max_length": self.max_length,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,10 @@ from barqtrain_hf.errors import DataError
 
 class Reader(Protocol):
     """Makes tokens of rows."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The keys of a row that are read."""
 
     @property
     def overflow(self) -> str:

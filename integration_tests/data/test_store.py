@@ -16,7 +16,13 @@ from small_tokenizers import TEXTS, small_tokenizer
 
 from barqtrain_hf import _rust
 from barqtrain_hf.data import BarqDataCollator, FastTokenizer, PackedDataset, TokenStore, tokenize
-from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError, UnsupportedError
+from barqtrain_hf.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DataError,
+    StorageError,
+    UnsupportedError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -345,11 +351,11 @@ class _Short:
     [
         (
             "corpus.txt",
-            ArgumentTypeError,
-            r"dataset is 'corpus.txt' \(str\), .*load_dataset\(\"text\", data_f",
+            ArgumentError,
+            r"paths has 'corpus.txt', and there is no such file: .* a list",
         ),
-        (b"corpus", ArgumentTypeError, r"dataset is b'corpus' \(bytes\), a path or one text"),
-        (Path("corpus.txt"), ArgumentTypeError, r"\(\w+Path\), a path or one text"),
+        (b"corpus", ArgumentTypeError, r"dataset is b'corpus' \(bytes\): pass a path, or a list"),
+        (Path("corpus.txt"), ArgumentError, r"paths has 'corpus.txt', and there is no such file"),
         (
             {"train": ["a"], "test": ["b"]},
             ArgumentTypeError,
