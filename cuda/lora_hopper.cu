@@ -36,7 +36,7 @@ __device__ __forceinline__ void locate(int work, int tile_rows, int tile_columns
 // TRANSPOSED: the right-hand matrices are [columns, terms], else [terms, columns]. FIRST: how many times 16 terms a
 // step of the first product has at most; one of 4 may have any number of steps, others have one.
 template <typename T, bool TRANSPOSED, int FIRST>
-__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(kThreads, 1)
+__global__ void BARQ_CLUSTER_OF_TWO __launch_bounds__(kThreads, 1)
     lora_hopper(const __grid_constant__ Matrices of,
                 const T* __restrict__ bias,  // [columns] or null
                 int rows, int columns,       // of `out`

@@ -4,6 +4,12 @@
 #pragma once
 #include "wgmma.cuh"
 
+#if __CUDA_ARCH__ >= 900
+#define BARQ_CLUSTER_OF_TWO __cluster_dims__(2, 1, 1)
+#else
+#define BARQ_CLUSTER_OF_TWO  // others have no clusters, and no kernel of theirs is made
+#endif
+
 // What the driver made of a matrix and its tiles; a parameter of the kernel (`const __grid_constant__`).
 struct alignas(64) TensorMap {
   unsigned char opaque[128];
