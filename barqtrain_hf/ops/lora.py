@@ -120,23 +120,22 @@ def lora_linear_reference(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """The definition in plain PyTorch, step by step as PEFT computes it; arguments as :func:`lora_linear`."""
+    # In PEFT's order, in which autograd adds up the gradient of x.
+    y = F.linear(x, weight, bias)
     dropped = x.to(lora_a.dtype)
     if dropout:
         dropped = F.dropout(dropped, dropout)
-    return _definition(x, dropped, weight, lora_a, lora_b, scaling, bias)
+    return _with_adapter(y, dropped, lora_a, lora_b, scaling)
 
 
-def _definition(
-    x: torch.Tensor,
+def _with_adapter(
+    y: torch.Tensor,
     dropped: torch.Tensor,
-    weight: torch.Tensor,
     lora_a: torch.Tensor,
     lora_b: torch.Tensor,
     scaling: float,
-    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Of what the adapter reads in x's place, in A's dtype."""
-    y = F.linear(x, weight, bias)
+    """The frozen layer's y and the adapter's part, of what the adapter reads in x's place."""
     low = F.linear(F.linear(dropped, lora_a), lora_b)
     return (y + low * scaling).to(y.dtype)
 
@@ -255,8 +254,9 @@ def _differentiable(
     inputs = [(x, None, *tensors)[i] for i in wanted]
     ys = []
     for i, (weight, bias, a, b, scaling) in enumerate(layers):
+        y = F.linear(x, weight, bias)
         dropped = x if masks is None else masks.differentiable(x, i)
-        ys.append(_definition(x, dropped.to(a.dtype), weight, a, b, scaling, bias))
+        ys.append(_with_adapter(y, dropped.to(a.dtype), a, b, scaling))
     outputs = [y for y, dy in zip(ys, dys, strict=True) if dy is not None]
     given = [dy for dy in dys if dy is not None]
     found = torch.autograd.grad(outputs, inputs, given, create_graph=True, allow_unused=True)
