@@ -97,7 +97,7 @@ class Packer:
 def _packing_unsupported(dataset: Any, args: Any) -> str | None:
     """Why SFTTrainer must pack this data set itself, or None."""
     if not isinstance(dataset, datasets.Dataset):
-        return f"a {type(dataset).__name__} has no length to plan rows with"
+        return f"{type(dataset).__name__} has no length to plan rows with"
     if args.packing_strategy not in ("bfd", "bfd_split"):
         return f"packing_strategy={args.packing_strategy!r} lets documents run on into the next row"
     if args.max_length is None or dataset.format["type"] == "custom":

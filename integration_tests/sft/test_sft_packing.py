@@ -177,7 +177,7 @@ def test_no_token_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     ("options", "dataset", "reason"),
     [
         ({"packing_strategy": "wrapped"}, None, "packing_strategy='wrapped' lets documents run on"),
-        ({}, "stream", "a IterableDataset has no length to plan rows with"),
+        ({}, "stream", "IterableDataset has no length to plan rows with"),
         ({"barq_config": {"packing": False}}, None, None),
         ({"use_barq_kernels": False}, None, None),
     ],
