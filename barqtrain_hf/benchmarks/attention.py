@@ -32,11 +32,12 @@ from barqtrain_hf.benchmarks.attention_cases import (
 from barqtrain_hf.benchmarks.elementwise import OURS
 from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors, reason
 from barqtrain_hf.benchmarks.harness import Report
-from barqtrain_hf.benchmarks.rounds import interleave
+from barqtrain_hf.benchmarks.rounds import in_rounds, interleave
 from barqtrain_hf.ops._backend import Backend
 
 # Microseconds of host time of a forward call, and errors beside FA2's.
 HOST_BAR, ERROR_BAR = 25.0, 1.25
+_HOST_ROUNDS = 5
 
 # Bytes by which the allocator may round what a call keeps.
 _ROUNDING = 4096
@@ -180,11 +181,14 @@ def _measure_host(report: Report, case: Case, chosen: Candidates) -> None:
     inputs = case.inputs(torch.bfloat16, "cuda")
     columns = {"part": "host", "op": "attention", "shape": str(case)}
     rows: dict[str, dict[str, Any]] = {}
-    for name, implementation in check(chosen, inputs, rows).items():
-        try:
-            rows[name].update(elementwise._host_times(implementation, inputs, inputs))
-        except Exception as error:  # as in check
-            rows[name] = {"unavailable": reason(error)}
+    implementations = check(chosen, inputs, rows)
+
+    def measure(name: str, first: bool) -> dict[str, Any]:
+        warm_up = 500 if first else 100
+        return elementwise._host_times(implementations[name], inputs, inputs, 3, warm_up)
+
+    for name, row in in_rounds(implementations, measure, _HOST_ROUNDS).items():
+        rows[name] = row if "unavailable" in row else rows[name] | row
     rows.update({name: {"unavailable": why} for name, why in chosen.missing.items()})
     for name, row in rows.items():
         elementwise._add(report, **columns, implementation=name, **row)

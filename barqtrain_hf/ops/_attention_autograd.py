@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.ops import _attention_kernels
@@ -38,6 +39,9 @@ def apply(
         return torch.ops.barq.flash_attention(*tensors, *numbers)[0]  # type: ignore[no-any-return]
     # Outside the Function, so that autograd knows of the copies it may save.
     q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        # Nothing to remember: a Function would cost some microseconds.
+        return _attention_kernels.forward(call, max_seqlen, q, k, v, cos, sin, cu_seqlens)[0]
     return _FlashAttention.apply(q, k, v, (cos, sin, cu_seqlens), (call, max_seqlen))  # type: ignore[no-any-return]
 
 

@@ -15,6 +15,7 @@ import torch
 from attention_cases import Case, assert_as_accurate, cu_seqlens, draw, exact, ours, rope_of
 from norm_cases import misaligned
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from barqtrain_hf.ops import (
@@ -230,6 +231,21 @@ def test_kernel_repeats_bit_for_bit(case: Case) -> None:
     first = ours(case, "cuda")(*inputs)
     for _ in range(10):
         assert equal(first, ours(case, "cuda")(*inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rope", [True, False])
+def test_without_gradients_the_result_is_the_same_and_nothing_is_kept(rope: bool) -> None:
+    q, k, v = (torch.randn(1, 300, n, 64, device="cuda").half() for n in (4, 2, 2))
+    angles = Rope(*(torch.randn(1, 300, 64, device="cuda").half() for _ in "cs")) if rope else None
+    expected = flash_attention(q.requires_grad_(), k, v, rope=angles, backend="cuda")
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        result = flash_attention(q, k, v, rope=angles, backend="cuda")
+    assert torch.cuda.memory_allocated() - before <= result.nbytes + 512
+    assert torch.equal(result, expected) and not result.requires_grad
+    with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        flash_attention(forward_ad.make_dual(q, q), k, v, rope=angles, backend="cuda")
 
 
 def test_compiled_torch_path_has_no_graph_break() -> None:
