@@ -47,6 +47,7 @@ LAYER: dict[str, int] = {
     "vocab_size": 128,
     "num_hidden_layers": 4,
 }
+DROPOUT = 0.05  # of the adapters, in one case
 BATCH, LENGTH, LAYER_BAR, MEMORY_BAR, ERROR_BAR = 4, 4096, 1.15, 0.9, 1.0
 Call = Callable[..., Any]
 
@@ -66,6 +67,13 @@ def run(
             {"part": "linear", "shape": f"{rows} × {wide} → {out}, r={rank}", "bar": bar},
             linear_calls(rows, wide, out, rank),
         )
+    wide, out, rank, _ = linears[0]
+    torch.manual_seed(0)
+    _measure(
+        report,
+        {"part": "dropout", "shape": f"{rows} × {wide} → {out}, r={rank}, dropout {DROPOUT}"},
+        linear_calls(rows, wide, out, rank, DROPOUT),
+    )
     torch.manual_seed(0)
     layer = LAYER if layer is None else layer
     shape = f"a Llama-3.2-1B layer, {batch[0]}×{batch[1]} tokens, r=16"
@@ -77,14 +85,16 @@ def run(
     return report
 
 
-def linear_calls(rows: int, wide: int, out: int, rank: int) -> dict[str, Call]:
+def linear_calls(
+    rows: int, wide: int, out: int, rank: int, dropout: float = 0.0
+) -> dict[str, Call]:
     """Forward passes by implementation."""
     base = nn.Linear(wide, out, bias=False, device="cuda", dtype=torch.bfloat16)
     base.weight.requires_grad_(False)
     x = torch.randn(rows, wide, device="cuda", dtype=torch.bfloat16).requires_grad_()
     calls: dict[str, Call] = {FROZEN: lambda: base(x)}
     for name in (PEFT, PEFT_BF16, OURS):
-        calls[name] = _forward(_adapted(nn.Sequential(base), rank, name), x)
+        calls[name] = _forward(_adapted(nn.Sequential(base), rank, name, dropout), x)
     return calls
 
 
@@ -122,7 +132,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Call:
     return call
 
 
-def _adapted(model: nn.Module, rank: int, name: str) -> Any:
+def _adapted(model: nn.Module, rank: int, name: str, dropout: float = 0.0) -> Any:
     """The model under PEFT, patched if it is ours."""
     try:
         from peft import LoraConfig, get_peft_model
@@ -134,7 +144,13 @@ def _adapted(model: nn.Module, rank: int, name: str) -> Any:
     from barqtrain_hf import patch_model
 
     linear = [n for n, module in model.named_modules() if type(module) is nn.Linear]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, init_lora_weights=False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=dropout,
+        target_modules=linear,
+        init_lora_weights=False,
+    )
     adapted = get_peft_model(model, config, autocast_adapter_dtype=name != PEFT_BF16)
     if name == OURS:
         patch_model(adapted, fused_head=False)

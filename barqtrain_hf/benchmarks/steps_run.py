@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from barqtrain_hf.benchmarks.unsloth_model import unsloth_model
+
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WARM = 4  # steps until what is compiled and allocated on first use is there
-_WINDOW = 4  # steps that are timed together
 
 
 class _Tokens(Dataset[dict[str, torch.Tensor]]):
@@ -44,38 +45,49 @@ def run(
     """Median step, tokens per second, peak of allocated memory and mean loss.
 
     Args:
-        trainer: "stock", "compile", "liger" or "ours".
+        trainer: "stock", "compile", "liger", "unsloth" or "ours".
         lora: r=16 on all linear layers of the decoder, in fp32 as PEFT makes them; else all is trained.
         checkpointing: of every decoder layer.
         config: of a Llama.
         batch, length: rows a step, tokens a row.
-        steps: the first 4 are not timed, the others by fours.
+        steps: the first 4 are not timed.
     """
+    if trainer == "unsloth":
+        import unsloth  # noqa: F401  # before transformers, which it changes
+
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
     from transformers import TrainingArguments as Arguments
 
     from barqtrain_hf import BarqTrainer
 
     on_gpu = torch.cuda.is_available()
-    ends: list[float] = []
+    ends: list[Any] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-            if state.global_step >= _WARM and (state.global_step - _WARM) % _WINDOW == 0:
-                if on_gpu:
-                    torch.cuda.synchronize()
+            if state.global_step < _WARM:
+                return
+            if on_gpu:  # in the device's own order: who does not wait for it is not made to
+                ends.append(torch.cuda.Event(enable_timing=True))
+                ends[-1].record()
+            else:
                 ends.append(time.perf_counter())
 
-    torch.manual_seed(0)
-    with torch.device("cuda" if on_gpu else "cpu"):
-        model: Any = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).bfloat16()
-    if lora:
-        from peft import LoraConfig, get_peft_model
+    model: Any
+    if trainer == "unsloth":
+        model = unsloth_model(config, length, lora, checkpointing, MODULES)
+    else:
+        torch.manual_seed(0)
+        with torch.device("cuda" if on_gpu else "cpu"):
+            sdpa = LlamaConfig(**config, attn_implementation="sdpa")
+            model = LlamaForCausalLM(sdpa).bfloat16()
+        if lora:
+            from peft import LoraConfig, get_peft_model
 
-        options: Any = {"r": 16, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
-        model = get_peft_model(model, LoraConfig(target_modules=list(MODULES), **options))
-        if checkpointing:
-            model.enable_input_require_grads()
+            options: Any = {"r": 16, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+            model = get_peft_model(model, LoraConfig(target_modules=list(MODULES), **options))
+            if checkpointing:
+                model.enable_input_require_grads()
     arguments = Arguments(
         tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
@@ -98,7 +110,11 @@ def run(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     loss = trained.train().training_loss
-    seconds = [(b - a) / _WINDOW for a, b in itertools.pairwise(ends)]
+    if on_gpu:
+        torch.cuda.synchronize()
+        seconds = [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(ends)]
+    else:
+        seconds = [b - a for a, b in itertools.pairwise(ends)]
     low, median, high = statistics.quantiles(seconds, n=4)
     return {
         "step_ms": median * 1e3,
