@@ -21,6 +21,7 @@ from transformers import (
 
 from barqtrain_hf.checkpoints import read_stream_state, write_stream_state
 from barqtrain_hf.data import PackedStream
+from barqtrain_hf.data.batch import PackedBatch
 from barqtrain_hf.data.stream import Place
 from barqtrain_hf.errors import ArgumentError, UnsupportedError
 
@@ -54,14 +55,15 @@ class StreamLoader:
         self._device = device
         self._pin = pin_memory and device.type == "cuda"
         self._ahead: deque[Place] = deque()
-        self._batches: Iterator[dict[str, Any]] = iter(())
+        self._batches: Iterator[PackedBatch] = iter(())
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         while not self.finished:
             self._batches = iter(self.dataset)
             for batch in self._batches:
                 self._ahead.append(self.dataset.place)
-                yield self._moved(batch)
+                pinned = batch.pin_memory() if self._pin else batch
+                yield pinned.to(self._device, non_blocking=self._pin)
 
     def count_trained(self) -> None:
         """The next of the batches that were handed out is trained on."""
@@ -73,14 +75,6 @@ class StreamLoader:
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()
-
-    def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
-        moved: dict[int, torch.Tensor] = {}  # the same tensor may have two names
-        for value in batch.values():
-            if isinstance(value, torch.Tensor):
-                pinned = value.pin_memory() if self._pin else value
-                moved[id(value)] = pinned.to(self._device, non_blocking=self._pin)
-        return {key: moved.get(id(value), value) for key, value in batch.items()}
 
 
 class StreamTraining(TrainerCallback):

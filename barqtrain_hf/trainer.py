@@ -29,6 +29,7 @@ from barqtrain_hf.checkpoints import (
 )
 from barqtrain_hf.config import BarqConfig, check_liger
 from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
+from barqtrain_hf.data.batch import PackedBatch
 from barqtrain_hf.errors import DataError, UnsupportedError
 from barqtrain_hf.loss_filter import LossFilter
 from barqtrain_hf.metrics import ThroughputMeter
@@ -40,6 +41,7 @@ from barqtrain_hf.patching import (
     unwrap,
 )
 from barqtrain_hf.patching.head import OP as FUSED_HEAD
+from barqtrain_hf.patching.known_documents import remember
 from barqtrain_hf.streaming import StreamTraining
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,12 @@ class BarqTrainer(Trainer):
             return PatchReport()
         return self._kernels.report
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer; batches in pinned memory are copied while the device works, not after it."""
+        super().create_accelerator_and_postprocess()
+        if self.args.dataloader_pin_memory and self.args.device.type == "cuda":
+            self.accelerator.dataloader_config.non_blocking = True
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """As in Trainer; the new model gets the head path too."""
         model = super().call_model_init(trial)
@@ -155,6 +163,14 @@ class BarqTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """As in Trainer; a `PackedStream` hands out its batches itself."""
         return super().get_train_dataloader() if self._stream is None else self._stream.loader(self)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """As in Trainer; what is known of a packed batch on the host goes on with it."""
+        prepared = super()._prepare_inputs(inputs)
+        boundaries = getattr(inputs, "boundaries", None)
+        if isinstance(inputs, PackedBatch) and boundaries is not None:
+            remember(prepared["position_ids"], prepared["cu_seq_lens_q"], boundaries)
+        return prepared
 
     def compute_loss(
         self,

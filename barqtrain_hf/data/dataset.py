@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from barqtrain_hf import _rust
-from barqtrain_hf.data.batch import packed_batch
+from barqtrain_hf.data.batch import PackedBatch, packed_batch
 from barqtrain_hf.data.files import DataFiles
 from barqtrain_hf.data.fit import fit_documents
 from barqtrain_hf.data.packing import non_negative_int, plan_epoch, positive_int
@@ -181,7 +181,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def batch(
         self, rows: Sequence[int], pad_to_multiple_of: int | None = None, pad_token_id: int = 0
-    ) -> dict[str, Any]:
+    ) -> PackedBatch:
         """What `BarqDataCollator` makes of these rows, in one call and without Python lists.
 
         Args:

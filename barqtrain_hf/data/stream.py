@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from barqtrain_hf import _rust
+from barqtrain_hf.data.batch import PackedBatch
 from barqtrain_hf.data.dataset import Overflow
 from barqtrain_hf.data.packing import non_negative_int, positive_int
 from barqtrain_hf.data.prefetch import Prefetcher
@@ -43,7 +44,7 @@ _LOSSES = (
 _NO_LOSSES = (0,) * len(_LOSSES)
 
 
-class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
+class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
     """Batches of packed rows from documents that are read, tokenised and packed while training goes on.
 
     Documents are packed window by window, up to 4096 at a time; the emptiest rows of a window are
@@ -179,7 +180,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
                 )
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         """Batches as `BarqDataCollator` makes them: after `load_state_dict` from that place on, else from
         the beginning of the epoch.
 
@@ -206,7 +207,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
         """
         return {**dict(zip(_LOSSES, self._losses, strict=True)), "left_out_rows": self._left_out}
 
-    def _iterate(self, place: Place) -> Iterator[dict[str, Any]]:
+    def _iterate(self, place: Place) -> Iterator[PackedBatch]:
         epoch = place.epoch
         packing = Packing(self.max_length, self._overflow, self._seed, epoch)
         source = copy.copy(self._source)  # the thread of an iteration that was given up has its own
@@ -264,7 +265,7 @@ class PackedStream(torch.utils.data.IterableDataset[dict[str, Any]]):
             window.plan  # noqa: B018 (made here, on this thread)
             yield window
 
-    def _batch(self, rows: list[WindowRow]) -> dict[str, Any]:
+    def _batch(self, rows: list[WindowRow]) -> PackedBatch:
         if self.world_size == 1:
             return join_rows(rows)
         lengths = [row.window.lengths_of(row.number) for row in rows]

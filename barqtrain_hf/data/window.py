@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from barqtrain_hf import _rust
-from barqtrain_hf.data.batch import packed_batch
+from barqtrain_hf.data.batch import PackedBatch, packed_batch
 from barqtrain_hf.data.fit import fit_documents
 from barqtrain_hf.data.rows import Tokens
 from barqtrain_hf.data.source import Source
@@ -168,7 +168,7 @@ class WindowRow(NamedTuple):
     number: int
 
 
-def join_rows(rows: list[WindowRow]) -> dict[str, Any]:
+def join_rows(rows: list[WindowRow]) -> PackedBatch:
     """The rows of a batch, which may be of two windows, end to end."""
     parts = [
         window.assemble([row.number for row in rows if row.window is window])

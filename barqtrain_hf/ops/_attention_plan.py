@@ -85,7 +85,10 @@ def _tiles(boundaries: _Numbers, rows: int, keys: bool, view: View, device: torc
     order = np.lexsort((document, number, -work))
     table = np.stack((starts[document], length, first, document), axis=1)[order]
     table = np.ascontiguousarray(table, dtype=np.int32)
-    return Tiles(torch.from_numpy(table).to(device), len(order), len(lengths))
+    on_host = torch.from_numpy(table)
+    if device.type == "cuda":  # from pinned memory, so that nobody waits
+        on_host = on_host.pin_memory()
+    return Tiles(on_host.to(device, non_blocking=True), len(order), len(lengths))
 
 
 def _most_from_here(work: _Numbers, document: _Numbers) -> _Numbers:

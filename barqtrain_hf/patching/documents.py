@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from barqtrain_hf.patching import known_documents
 from barqtrain_hf.patching.attention_mask import is_ours, numbers_of
 
 T = TypeVar("T")
@@ -36,6 +37,9 @@ def boundaries(source: torch.Tensor, step: int, batch: int) -> torch.Tensor | No
             documents' numbers.
         batch: how many rows there are.
     """
+
+    if step and known_documents.are_single(source):
+        return None
 
     def find() -> torch.Tensor | None:
         rows = _rows(source)

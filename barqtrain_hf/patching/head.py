@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.ops import CountedTarget, linear_cross_entropy
 from barqtrain_hf.ops._targets import capturing
-from barqtrain_hf.patching import head_lora, probe, sharding
+from barqtrain_hf.patching import head_lora, known_documents, probe, sharding
 from barqtrain_hf.patching.bound import Bound
 from barqtrain_hf.patching.token_output import TokenOutput, auxiliary_loss, mean_logits
 
@@ -171,7 +171,10 @@ def _root_forward(cls: type[nn.Module]) -> Any:
         target = _Target(_counted(shift_labels), fused_loss, self.config)
         if fused_loss.tokens and _routes(self, kwargs):
             kwargs["output_router_logits"] = True
-        outputs = self.base_model(*args, **kwargs)  # type: ignore[operator]
+        # Not what a compiler traces: it asks nobody.
+        compiling = args or torch.compiler.is_compiling()
+        with nullcontext() if compiling else known_documents.forward_pass(self, kwargs):
+            outputs = self.base_model(*args, **kwargs)  # type: ignore[operator]
         answer = self.get_output_embeddings()(outputs[0], fused_target=target)  # type: ignore[operator]
         if not fused_loss.tokens:
             return CausalLMOutput(loss=answer)
