@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from barqtrain_hf.callbacks import BarqKernelsCallback
     from barqtrain_hf.config import BarqConfig, BarqTrainingArguments
+    from barqtrain_hf.metrics_callback import BarqMetricsCallback
     from barqtrain_hf.patching import patch_model, unpatch_model
     from barqtrain_hf.sft import BarqSFTConfig as BarqSFTConfig
     from barqtrain_hf.sft import BarqSFTTrainer as BarqSFTTrainer
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BarqConfig",
     "BarqKernelsCallback",
+    "BarqMetricsCallback",
     "BarqTrainer",
     "BarqTrainingArguments",
     "patch_model",
@@ -27,6 +29,7 @@ __all__ = [
 _HOME = {
     "BarqConfig": "barqtrain_hf.config",
     "BarqKernelsCallback": "barqtrain_hf.callbacks",
+    "BarqMetricsCallback": "barqtrain_hf.metrics_callback",
     "BarqSFTConfig": "barqtrain_hf.sft",
     "BarqSFTTrainer": "barqtrain_hf.sft",
     "BarqTrainer": "barqtrain_hf.trainer",

@@ -1,4 +1,4 @@
-"""Training speed and memory: tokens per second, MFU, peak memory and packing fill.
+"""Training speed and memory: tokens per second, MFU, memory, packing fill, and who waits for whom.
 
 Model FLOPs of one step, forward and backward (Kaplan et al. 2020, arXiv:2001.08361, with attention as in
 PaLM, arXiv:2204.02311, halved because causal attention needs only half of its products):
@@ -14,15 +14,13 @@ counted by the share of experts a token visits.
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from barqtrain_hf.runtime import peak_flops
+from barqtrain_hf.timeline import Timeline
 
 
 def flops_per_token(model: nn.Module) -> float:
@@ -54,7 +52,7 @@ def attention_flops_per_pair(model: nn.Module) -> float:
 
 
 class ThroughputMeter:
-    """Counts what `BarqTrainer` feeds its model and turns it into log entries.
+    """Counts what a model in training is fed and turns it into log entries.
 
     Nothing is read back from the device until `logs` is called.
 
@@ -63,6 +61,9 @@ class ThroughputMeter:
         device: where it trains.
         world_size: number of processes; each is taken to see as many tokens as this one.
         packing_fill: share of the packed rows' capacity that holds tokens, or None.
+
+    Attributes:
+        timeline: where pauses, arrivals of batches and the ends of steps are marked.
     """
 
     def __init__(
@@ -71,7 +72,6 @@ class ThroughputMeter:
         self._device = device
         self._world_size = world_size
         self._packing_fill = packing_fill
-        self._paused = False
         self._flops_per_token = self._flops_per_pair = 0.0
         self._peak = None
         if device.type == "cuda":
@@ -81,11 +81,11 @@ class ThroughputMeter:
                 self._flops_per_pair = attention_flops_per_pair(model)
             torch.cuda.reset_peak_memory_stats(device)
         self._reset()
+        self.timeline = Timeline(device)
 
     def _reset(self) -> None:
         self._tokens: torch.Tensor | int = 0  # without padding
         self._pairs: torch.Tensor | int = 0
-        self._since = time.perf_counter()
 
     def add(self, inputs: dict[str, Any]) -> None:
         """Counts one micro-batch; queues a few tiny kernels at most and never waits for the device."""
@@ -99,40 +99,31 @@ class ThroughputMeter:
             lengths = mask.sum(-1)
         else:
             lengths = torch.full(ids.shape[:1], ids.shape[-1], device=ids.device)
+        lengths = lengths.to(self._device)  # where layers are on several, inputs may be elsewhere
         self._tokens = self._tokens + lengths.sum()
         self._pairs = self._pairs + lengths.square().sum()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time spent inside, on evaluation or a checkpoint, out of the throughput."""
-        if self._paused:  # evaluation of several data sets calls itself
-            yield
-            return
-        self._paused = True
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._since += time.perf_counter() - start
-            self._paused = False
-
     def logs(self) -> dict[str, float]:
-        """Entries since the last call, over all processes; waits for the device once."""
+        """Entries since the last call; waits for the device once."""
         tokens, pairs = float(self._tokens), float(self._pairs)
         if tokens == 0:
             return {}
-        seconds = time.perf_counter() - self._since
-        logs = {"tokens_per_second": self._world_size * tokens / seconds}
+        span = self.timeline.read()
+        logs = {"tokens_per_second": self._world_size * tokens / span.seconds}
         if self._device.type == "cuda":
-            peak_bytes = torch.cuda.max_memory_allocated(self._device)
-            logs["peak_memory_gib"] = peak_bytes / 2**30
+            logs["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+            logs["reserved_memory_gib"] = torch.cuda.max_memory_reserved(self._device) / 2**30
         else:
             logs["peak_memory_gib"] = _peak_resident_gib()
         if self._packing_fill is not None:
             logs["packing_fill"] = self._packing_fill
         if self._peak is not None and self._flops_per_token:
             flops = self._flops_per_token * tokens + self._flops_per_pair * pairs
-            logs["mfu"] = flops / seconds / self._peak
+            logs["mfu"] = flops / span.seconds / self._peak
+        if self._device.type in ("cpu", "cuda"):  # on others the host's clock says little
+            logs["data_wait_share"] = span.data_wait
+        if span.host_bound is not None:
+            logs["host_bound_share"] = span.host_bound
         self._reset()
         return logs
 

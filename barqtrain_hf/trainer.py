@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
 from barqtrain_hf.data.batch import PackedBatch
 from barqtrain_hf.errors import DataError, UnsupportedError
 from barqtrain_hf.loss_filter import LossFilter
-from barqtrain_hf.metrics import ThroughputMeter
+from barqtrain_hf.metrics_callback import BarqMetricsCallback
 from barqtrain_hf.patching import (
     FusedLoss,
     PatchReport,
@@ -53,8 +52,8 @@ class BarqTrainer(Trainer):
     With `BarqTrainingArguments` the flags `use_barq_kernels` and `barq_config` choose what is installed;
     with plain `TrainingArguments` everything is. A `PackedDataset` brings its own collator and is packed
     anew for every epoch, except with ``dataloader_persistent_workers``. A `PackedStream` as train_dataset
-    hands out whole batches, which no collator sees; its place is in every checkpoint. Logs gain
-    `tokens_per_second`, `peak_memory_gib`, and where they apply `packing_fill` and `mfu`.
+    hands out whole batches, which no collator sees; its place is in every checkpoint. Logs gain what
+    `BarqMetricsCallback` says, of which every BarqTrainer has one.
 
     Raises:
         UnsupportedError: `use_liger_kernel` with its fused cross-entropy, several GPUs in one process
@@ -76,7 +75,6 @@ class BarqTrainer(Trainer):
             # Among the callbacks it is told of the model as soon as there is one.
             given["callbacks"] = [*(given.get("callbacks") or ()), self._kernels]
         self._loss_only = False
-        self._meter: ThroughputMeter | None = None
         datasets = [given.get("train_dataset"), *_each(given.get("eval_dataset"))]
         if hasattr(datasets[0], "__len__") and len(datasets[0]) == 0:
             raise DataError("train_dataset is empty: there is nothing to train on.")
@@ -104,6 +102,8 @@ class BarqTrainer(Trainer):
             check_liger(self.args, self._kernels.config)
             self._kernels.install_head(self.model)
         self._loss_filter = LossFilter(self)
+        if not self._metrics_callbacks():
+            self.add_callback(BarqMetricsCallback())
         if isinstance(self.train_dataset, PackedDataset):
             self.add_callback(_Repack(self.train_dataset))
         elif isinstance(self.train_dataset, PackedStream):
@@ -153,7 +153,8 @@ class BarqTrainer(Trainer):
                 self._kernels.install_head(self.model)  # the head may have been replaced since
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self._meter = None
+            for metrics in self._metrics_callbacks():
+                metrics.close()
             self._loss_filter.restore()
             if self._stream is not None:
                 self._stream.end(self.args)
@@ -256,44 +257,32 @@ class BarqTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As in Trainer, without waiting for the device afterwards; and counts the batch."""
-        if self._meter is None:
-            fill = getattr(self.train_dataset, "fill", None)
-            world_size = self.accelerator.num_processes
-            self._meter = ThroughputMeter(self.model, self.args.device, world_size, fill)
-        self._meter.add(inputs)
+        """As in Trainer, without waiting for the device afterwards."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         # A subclass's step may go on with the loss; then Trainer asks as ever.
         last = type(self).training_step is BarqTrainer.training_step
         return self._loss_filter.finite(self, loss) if last else loss
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in Trainer; its time does not count as training."""
-        with self._not_training():
-            return super().evaluate(*args, **kwargs)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        with self._not_training():
-            if self.args.should_save:
-                folder = self._get_output_dir(trial=trial)
-                folder = checkpoint_folder(folder, self.state.global_step)
-                begin_checkpoint(folder)
-                if self._stream is not None and not self.args.save_only_model:
-                    self._stream.save(folder)
-            super()._save_checkpoint(model, trial, *args, **kwargs)
+        if self.args.should_save:
+            folder = self._get_output_dir(trial=trial)
+            folder = checkpoint_folder(folder, self.state.global_step)
+            begin_checkpoint(folder)
+            if self._stream is not None and not self.args.save_only_model:
+                self._stream.save(folder)
+        super()._save_checkpoint(model, trial, *args, **kwargs)
 
-    def _not_training(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._meter is None else self._meter.paused()
+    def _metrics_callbacks(self) -> list[BarqMetricsCallback]:
+        callbacks = self.callback_handler.callbacks
+        return [callback for callback in callbacks if isinstance(callback, BarqMetricsCallback)]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with throughput and memory beside the training loss.
+        """As in Trainer.
 
         Raises:
             ArgumentError: a label outside the vocabulary in a step of a compiled model since the last call.
         """
         raise_bad_target()
-        if self._meter is not None and "loss" in logs:
-            logs = {**logs, **self._meter.logs()}
         super().log(logs, *args, **kwargs)
 
     @functools.cached_property

@@ -143,10 +143,10 @@ def test_logs_and_tensorboard(tmp_path: Path) -> None:
 def test_tokens_are_counted_without_padding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from barqtrain_hf import metrics
+    from barqtrain_hf import metrics, timeline
 
     times = iter(range(100))
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(times)))
+    monkeypatch.setattr(timeline.time, "perf_counter", lambda: float(next(times)))
     meter = metrics.ThroughputMeter(tiny_model("llama"), torch.device("cpu"), 2, None)
     assert meter.logs() == {}
     meter.add({"input_ids": torch.zeros(2, 8), "attention_mask": torch.ones(2, 8).tril()})
@@ -159,10 +159,10 @@ def test_tokens_are_counted_without_padding(
 
 
 def test_mfu_and_packed_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from barqtrain_hf import metrics
+    from barqtrain_hf import metrics, timeline
 
     times = iter(range(100))
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(times)))
+    monkeypatch.setattr(timeline.time, "perf_counter", lambda: float(next(times)))
     meter = metrics.ThroughputMeter(tiny_model("llama"), torch.device("cpu"), 1, None)
     # What it would know on a GPU.
     meter._peak, meter._flops_per_token, meter._flops_per_pair = 1e6, 100.0, 7.0
