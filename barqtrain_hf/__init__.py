@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from barqtrain_hf.config import BarqConfig, BarqTrainingArguments
     from barqtrain_hf.metrics_callback import BarqMetricsCallback
     from barqtrain_hf.patching import patch_model, unpatch_model
+    from barqtrain_hf.samples_callback import BarqSamplesCallback
     from barqtrain_hf.sft import BarqSFTConfig as BarqSFTConfig
     from barqtrain_hf.sft import BarqSFTTrainer as BarqSFTTrainer
     from barqtrain_hf.trainer import BarqTrainer
@@ -20,6 +21,7 @@ __all__ = [
     "BarqConfig",
     "BarqKernelsCallback",
     "BarqMetricsCallback",
+    "BarqSamplesCallback",
     "BarqTrainer",
     "BarqTrainingArguments",
     "patch_model",
@@ -30,6 +32,7 @@ _HOME = {
     "BarqConfig": "barqtrain_hf.config",
     "BarqKernelsCallback": "barqtrain_hf.callbacks",
     "BarqMetricsCallback": "barqtrain_hf.metrics_callback",
+    "BarqSamplesCallback": "barqtrain_hf.samples_callback",
     "BarqSFTConfig": "barqtrain_hf.sft",
     "BarqSFTTrainer": "barqtrain_hf.sft",
     "BarqTrainer": "barqtrain_hf.trainer",

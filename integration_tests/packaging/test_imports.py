@@ -18,6 +18,7 @@ MAY_IMPORT = {
         "config",
         "metrics_callback",
         "patching",
+        "samples_callback",
         "sft",
         "trainer",
     },
@@ -32,6 +33,8 @@ MAY_IMPORT = {
     "ops": {"errors", "runtime"},
     "patching": {"config", "errors", "ops", "runtime"},
     "runtime": {"errors"},
+    "samples": {"errors"},
+    "samples_callback": {"errors", "reporting", "samples"},
     "sft": {"config", "data", "errors", "patching", "trainer"},
     "streaming": {"checkpoints", "data", "errors"},
     "trainer": {
@@ -61,6 +64,8 @@ ONLY_IN = {
         "metrics_callback",
         "patching",
         "reporting",
+        "samples",
+        "samples_callback",
         "sft",
         "streaming",
         "trainer",
@@ -69,6 +74,7 @@ ONLY_IN = {
     "trl": {"benchmarks", "sft"},
     "datasets": {"benchmarks", "sft"},
     "deepspeed": {"patching"},
+    "wandb": {"samples_callback"},
 }
 
 
