@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import tiny_model
 from small_tokenizers import small_tokenizer
+from transformers import TrainingArguments
 
 from barqtrain_hf.benchmarks.render import render
 
@@ -55,6 +56,7 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         **{"model": model, "name": "model", "q": q, "k": k, "v": v},
         "documents": [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 9,
         **{"texts": texts, "tokenizer": tokenizer},
+        "args": TrainingArguments("out", use_cpu=True, bf16=True),
         "dataset": datasets.Dataset.from_dict({"text": texts}),
         **{"cos": cos[:, :, 0], "sin": sin[:, :, 0]},
         "cu_seqlens": torch.tensor([0, 5, tokens], dtype=torch.int32),
