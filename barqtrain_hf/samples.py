@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,7 +204,6 @@ def generate(
     if pad is None:
         pad = ends[0] if ends else 0
     options = {**sampling.options(), "pad_token_id": pad, "eos_token_id": ends or None}
-    device = model.get_input_embeddings().weight.device
     samples: list[str] = []
     with _evaluating(model), _seeded(model, sampling.seed):
         for start in range(0, len(prompts), batch_size):
@@ -213,7 +212,7 @@ def generate(
             ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
             made = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), **options
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **options
             )
             texts = made[:, length:].tolist()
             samples += tokenizer.batch_decode(texts, skip_special_tokens=True)
@@ -243,9 +242,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu")}
-    kinds = {device.type for device in devices} or {"cuda"}
-    indices = [device.index or 0 for device in devices]
-    with torch.random.fork_rng(devices=indices, device_type=kinds.pop()):
+    devices = {parameter.device for parameter in model.parameters()}
+    mps = any(device.type == "mps" for device in devices)  # torch knows no fork_rng of it
+    state = torch.mps.get_rng_state() if mps else None
+    with ExitStack() as forks:
+        forks.enter_context(torch.random.fork_rng(devices=[]))  # the CPU's
+        for kind in {device.type for device in devices} - {"cpu", "meta", "mps"}:
+            of_kind = [device.index or 0 for device in devices if device.type == kind]
+            forks.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            if state is not None:
+                torch.mps.set_rng_state(state)

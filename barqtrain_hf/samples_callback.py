@@ -30,9 +30,9 @@ COLUMNS = ["step", "prompt", "sample"]
 class BarqSamplesCallback(TrainerCallback):
     """Generates from fixed prompts at every evaluation, and when training ends if there was none.
 
-    With wandb the samples of the run so far are logged as the table ``samples`` with the columns step, prompt
-    and sample; with TensorBoard as texts ``samples/0`` and so on, one for each prompt. They are also printed,
-    on the main process. Without any logger nothing is generated, unless ``show`` asks for it.
+    With wandb the samples since training began are logged as the table ``samples``, with the columns step,
+    prompt and sample; with TensorBoard as texts ``samples/0`` and so on, one for each prompt. They are also
+    printed, on the main process. Without any logger nothing is generated, unless ``show`` asks for it.
 
     Training goes on as it would without: the model's modes and the states of PyTorch's random number
     generators are put back. Of several processes the main one generates while the others wait.

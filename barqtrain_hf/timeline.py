@@ -113,8 +113,8 @@ class Timeline:
             first, mark = self._marks[0], self._marks[1]
             if first.event is None or mark.event is None:
                 duration = mark.host - first.host
-            elif mark.event.query():
-                duration = first.event.elapsed_time(mark.event) / 1e3
+            elif first.event.query() and mark.event.query():
+                duration = max(0.0, first.event.elapsed_time(mark.event) / 1e3)
             else:
                 return
             self._marks.popleft()
