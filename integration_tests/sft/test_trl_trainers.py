@@ -21,7 +21,14 @@ from sft_cases import (
     trl,
 )
 
-from barqtrain_hf import BarqKernelsCallback, patch_model, unpatch_model
+from barqtrain_hf import (
+    BarqKernelsCallback,
+    BarqMetricsCallback,
+    BarqSFTTrainer,
+    metrics_callback,
+    patch_model,
+    unpatch_model,
+)
 from barqtrain_hf.errors import UnsupportedError
 
 
@@ -54,6 +61,44 @@ def test_sft_trainer_with_the_callback(
     report = str(callback.report)
     assert "fused_lm_head: installed in the LM head" in report
     assert "BarqSFTTrainer also takes the loss's gradient in the forward pass" in report
+
+
+@pytest.mark.parametrize("trainer_class", [trl.SFTTrainer, BarqSFTTrainer])
+@pytest.mark.parametrize(
+    "options", [{}, {"padding_free": True, "max_length": None, "gradient_accumulation_steps": 2}]
+)
+def test_tokens_that_our_metrics_count(
+    trainer_class: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[float] = []
+
+    class Meter(metrics_callback.ThroughputMeter):
+        def logs(self) -> dict[str, float]:
+            counted.append(float(self._tokens))
+            return super().logs()
+
+    monkeypatch.setattr(metrics_callback, "ThroughputMeter", Meter)
+    given = {"callbacks": [BarqMetricsCallback]}
+    trainer = train(trainer_class, tmp_path, given=given, **options)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # TRL counts since training began; evaluations in between are not among them.
+    assert [sum(counted[:n]) for n in (1, 2)] == [entry["num_tokens"] for entry in entries]
+    for entry in entries:
+        assert entry["tokens_per_second"] > 0 and 0 <= entry["data_wait_share"] <= 1
+
+
+def test_tokens_of_a_reference_are_not_counted(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    seen: list[int] = []
+
+    class Metrics(BarqMetricsCallback):
+        def add(self, inputs: dict[str, Any]) -> None:
+            seen.append(inputs["input_ids"].shape[0])
+            super().add(inputs)
+
+    # With adapters the model itself, without them, is the reference.
+    preference_trainer(tmp_path, [Metrics()], "dpo", lora=True, eval_strategy="no")
+    assert seen == [4, 4]  # two pairs in each of two steps
 
 
 def preferences(kind: str) -> Any:

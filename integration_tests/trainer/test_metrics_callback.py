@@ -281,3 +281,53 @@ def test_marks_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.MonkeyPatch)
         marks.mark(WORK)
     assert len(marks._marks) <= timeline._KEPT and device.waits == 0
     assert marks.read().seconds == pytest.approx(100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Trainer, BarqTrainer])
+def test_on_a_gpu(kind: type[Trainer], tmp_path: Path) -> None:
+    options = {"use_cpu": False, "max_steps": 8, "logging_steps": 4, "bf16": True}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3}
+    first, last = entries(train(tmp_path, kind, **options, **evaluated))
+    for entry in (first, last):
+        assert entry["reserved_memory_gib"] >= entry["peak_memory_gib"] > 0
+        assert entry["data_wait_share"] + entry["host_bound_share"] <= 1 + 1e-6
+    # A model as small as this is never behind the host.
+    assert last["data_wait_share"] + last["host_bound_share"] > 0.5
+    slow = entries(train(tmp_path, kind, data=Slow(0.05), **options))[-1]
+    assert slow["data_wait_share"] > 0.5
+
+
+@pytest.mark.gpu
+def test_the_timeline_of_a_gpu() -> None:
+    device = torch.device("cuda", 0)
+    layer = torch.nn.Linear(8192, 8192, device=device, dtype=torch.bfloat16)
+    rows = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    small = torch.ones(8, device=device)
+
+    def behind() -> None:  # a launch is microseconds, a product more than a millisecond
+        for _ in range(30):
+            layer(rows)
+
+    def ahead() -> None:  # of kernels that are shorter than their launch
+        for _ in range(3000):
+            small.add_(1)
+
+    with torch.no_grad():
+        behind(), ahead()
+        marks = Timeline(device)
+
+        def span(work: Any, gap: float = 0.0) -> timeline.Span:
+            marks.read()
+            for _ in range(5):
+                marks.mark(DATA)
+                work()
+                marks.mark(WORK)
+                time.sleep(gap)
+            marks.mark(DATA)
+            return marks.read()
+
+        assert (span(behind).host_bound or 0) < 0.05
+        assert (span(ahead).host_bound or 0) > 0.8
+        late = span(behind, 0.2)  # a fifth of which, or less, the device still computes
+        assert late.data_wait == pytest.approx(1 - 5 * 0.045 / late.seconds, abs=0.15)
