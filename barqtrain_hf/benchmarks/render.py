@@ -19,6 +19,12 @@ from barqtrain_hf.benchmarks.attention_tables import (
     attention_table,
     packed_attention_table,
 )
+from barqtrain_hf.benchmarks.roofline_tables import (
+    attention_roofline_table,
+    bandwidth_roofline_table,
+    head_roofline_table,
+    lora_roofline_table,
+)
 from barqtrain_hf.benchmarks.table_rows import Json, bold, rows_of, unavailable
 from barqtrain_hf.benchmarks.training_tables import (
     lora_accuracy_table,
@@ -335,6 +341,10 @@ TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
     "lora_accuracy": lora_accuracy_table,
     "steps": steps_table,
     "data": data_table,
+    "bandwidth_roofline": bandwidth_roofline_table,
+    "attention_roofline": attention_roofline_table,
+    "head_roofline": head_roofline_table,
+    "lora_roofline": lora_roofline_table,
     "source": source_table,
 }
 

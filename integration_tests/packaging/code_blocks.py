@@ -4,7 +4,8 @@
 - ``sh``: each command is known here, and its targets, extras, options and files exist.
 - ``console``: the command after ``$`` is run, and the lines below it are in its output, numbers apart; a
   line of ``…`` is a gap.
-- ``cuda`` is an excerpt, line by line, of a file of ``cuda/``, all of which CI compiles.
+- ``cuda`` is an excerpt, line by line, of a file of ``cuda/``, all of which CI compiles; or, if it begins
+  with ``// cuda/NAME.cu``, a whole file that would be there: it is compiled, and its page's blocks see it.
 - ``text`` is a formula, a tree, a report: it may not look like something to run.
 
 A block with any other tag, or none, is one that nobody executes, and an error.
@@ -29,6 +30,7 @@ from models import tiny_model
 from small_tokenizers import small_tokenizer
 
 from barqtrain_hf import cli
+from barqtrain_hf.runtime import compiler
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -40,6 +42,7 @@ PAGES = [
 SUBSTITUTIONS = {"bf16=True": "use_cpu=True", "fp16=True": "use_cpu=True"}
 _FENCE = re.compile(r"^( *)(`{3,}|~{3,})\s*(.*?)\s*$")
 _TO_RUN = re.compile(r"^(\$ |>>> |import |from \S+ import |pip |make |python |barqtrain |#include)")
+_NEW_SOURCE = re.compile(r"// cuda/(\w+\.cu)\n")
 _GAP = "…"
 
 
@@ -263,8 +266,28 @@ def _shape(line: str) -> str:
     return re.sub(r"\d+(\.\d+)?(e[-+]\d+)?", "#", " ".join(line.split()))
 
 
-def check_excerpt(block: Block) -> None:
-    """Refuses an excerpt that is in no file of ``cuda/``."""
+def add_sources(blocks: Sequence[Block], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the compiler find the CUDA files of blocks beside those of the package, for one test."""
+    new = [(match[1], block) for block in blocks if (match := _NEW_SOURCE.match(block.text))]
+    if new:
+        folder.mkdir()
+        for path in compiler.SOURCE_DIR.iterdir():
+            (folder / path.name).symlink_to(path)
+        for name, block in new:
+            assert not (folder / name).exists(), f"{block}: cuda/{name} is there already"
+            (folder / name).write_text(block.text, encoding="utf-8")
+        monkeypatch.setattr(compiler, "SOURCE_DIR", folder)
+
+
+def check_cuda(block: Block) -> None:
+    """Refuses an excerpt that is in no file of ``cuda/``, and a new file that spills."""
+    new = _NEW_SOURCE.match(block.text)
+    if new:
+        pytest.importorskip("cupy")
+        for arch in ("75", "90a"):
+            program = compiler.compile_program(new[1], compiler.instantiations(new[1], arch), arch)
+            assert not any(used.spill_bytes for used in program.resources.values()), block
+        return
     lines = [line.strip() for line in block.text.strip().splitlines()]
     for path in (REPOSITORY / "cuda").glob("*.cu*"):
         source = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -283,6 +306,6 @@ def check_text(block: Block) -> None:
 CHECKS: dict[str, Callable[[Block], None]] = {
     "sh": check_shell,
     "console": run_console,
-    "cuda": check_excerpt,
+    "cuda": check_cuda,
     "text": check_text,
 }

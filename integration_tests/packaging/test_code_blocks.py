@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from code_blocks import (
     CHECKS,
     Block,
+    add_sources,
     all_blocks,
     blocks_of,
     command_problem,
@@ -23,7 +25,7 @@ SECTIONS = dict.fromkeys((b.page, b.section) for b in BLOCKS if b.language == "p
 
 @pytest.mark.parametrize("place", SECTIONS, ids=": ".join)
 def test_python(place: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    _enter(tmp_path, place[0], monkeypatch)
     scope: dict[str, Any] = {"__name__": "__main__"}
     for block in BLOCKS:
         if (block.page, block.section) == place and block.language == "python":
@@ -34,11 +36,21 @@ def test_python(place: tuple[str, str], tmp_path: Path, monkeypatch: pytest.Monk
     "block", [b for b in BLOCKS if b.language != "python"], ids=lambda b: f"{b} {b.language}"
 )
 def test_other_blocks(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    _enter(tmp_path, block.page, monkeypatch)
     assert block.language in CHECKS, f"{block}: nobody executes blocks tagged {block.language!r}"
     if block.language == "console" and torch.cuda.is_available():
         pytest.skip("transcripts are of a machine without a GPU")
     CHECKS[block.language](block)
+
+
+def _enter(folder: Path, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder to work in, and what the blocks of a page may see."""
+    monkeypatch.chdir(folder)
+    # Copies: a page may show how a family is added.
+    monkeypatch.setattr(models, "FAMILIES", dict(models.FAMILIES))
+    monkeypatch.setattr(models, "LEAF_OPS", dict(models.LEAF_OPS))
+    cuda = [block for block in BLOCKS if (block.page, block.language) == (page, "cuda")]
+    add_sources(cuda, folder / "sources", monkeypatch)
 
 
 def test_there_are_blocks() -> None:
