@@ -131,6 +131,7 @@ FIXTURES: dict[str, Callable[[], Any]] = {
     "texts": _texts,
     "documents": lambda: [{"input_ids": [3, 4, 5], "labels": [3, 4, 5]}] * 9,
     "dataset": _dataset,  # of `texts`, in a column of that name
+    "args": lambda: transformers.TrainingArguments("out", use_cpu=True, max_steps=2, report_to=[]),
     **dict.fromkeys(("q", "k", "v"), _rows),  # 12 tokens of 4 heads of 8
     **dict.fromkeys(("cos", "sin"), _angles),
     "cu_seqlens": lambda: torch.tensor([0, 5, 12], dtype=torch.int32),

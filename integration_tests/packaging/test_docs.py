@@ -43,3 +43,17 @@ def _anchors(page: Path) -> list[str]:
     """Of the headings of a page, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def test_quoted_messages_are_ours() -> None:
+    """What README puts between “ and ” is what a user reads: in an error, a warning or the report."""
+    files = [
+        *(REPOSITORY / "barqtrain_hf").rglob("*.py"),
+        *(REPOSITORY / "rust").glob("*/src/*.rs"),
+    ]
+    # Literals side by side are one.
+    source = re.sub(r'"\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    quoted = re.findall(r"“(.+?)”", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+    assert len(quoted) >= 5
+    for message in (" ".join(words.split()) for words in quoted):
+        assert message in source, f"no message of ours has {message!r}"
