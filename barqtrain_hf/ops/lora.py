@@ -32,6 +32,7 @@ from barqtrain_hf.ops._backend import Backend, autocast_dtype, cached, check_dty
 from barqtrain_hf.ops._dropout import Masks
 from barqtrain_hf.ops._lora_gradients import low_rank_gradients
 from barqtrain_hf.ops._lora_kernels import Pair, summed_products
+from barqtrain_hf.ops._lora_products import low_products, summed
 from barqtrain_hf.ops._lora_ranks import low_ranks
 
 _Shape = tuple[int, ...]
@@ -168,7 +169,7 @@ class _LoraLinears(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             a, b = low_ranks(lora_a, lora_b, scalings, dtype)
             widths = [part.shape[1] for part in b]
-            t = rows @ a.T if masks is None else _low(rows, a.split(widths), masks)
+            t = rows @ a.T if masks is None else low_products(rows, a.split(widths), masks)
             ys = []
             parts = t.split(widths, dim=1)
             for weight, bias, low, up in zip(weights, biases, parts, b, strict=True):
@@ -214,14 +215,14 @@ class _LoraLinears(torch.autograd.Function):
                 if need_u:
                     torch.mm(dy, b[i], out=part)
                 if need_b[i]:
-                    db = _summed(dy, low)[:, : lora_b[i].shape[1]]
+                    db = summed(dy, low)[:, : lora_b[i].shape[1]]
                     dbs[i] = (db * ctx.scalings[i]).to(lora_b[i].dtype)
             if need_x[0] or any(need_a):
                 if any(need_a):
-                    sums = () if masks is not None else _summed(u, rows).split(widths)
+                    sums = () if masks is not None else summed(u, rows).split(widths)
                     for i, part in enumerate(each_u):
                         if need_a[i] and flat[i] is not None:
-                            da = sums[i] if masks is None else _summed(part, masks.drop(rows, i))
+                            da = sums[i] if masks is None else summed(part, masks.drop(rows, i))
                             das[i] = da[: lora_a[i].shape[0]].to(lora_a[i].dtype)
                 if need_x[0]:
                     frozen = [
@@ -285,15 +286,6 @@ def _sum(
             torch.addmm(bias, left, right, out=out)
 
 
-def _low(rows: torch.Tensor, a: Sequence[torch.Tensor], masks: Masks) -> torch.Tensor:
-    """t of all layers, side by side."""
-    widths = [one.shape[0] for one in a]
-    t = rows.new_empty(rows.shape[0], sum(widths))
-    for i, (part, one) in enumerate(zip(t.split(widths, dim=1), a, strict=True)):
-        torch.mm(masks.drop(rows, i), one.T, out=part)
-    return t
-
-
 def _masked_sum(
     out: torch.Tensor, low: Sequence[tuple[int, Pair]], frozen: Sequence[Pair], masks: Masks
 ) -> None:
@@ -310,13 +302,6 @@ def _masked_sum(
             out.addmm_(left, right)
     for left, right in frozen:
         out.addmm_(left, right)
-
-
-def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left.T @ right`` of [N, ...], a sum over N rows, in fp32."""
-    if left.is_cuda and left.dtype is not torch.float32:
-        return torch.mm(left.T, right, out_dtype=torch.float32)
-    return (left.T @ right).float()
 
 
 @cached
