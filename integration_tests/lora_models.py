@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from models import tiny_model
 
-from barqtrain_hf.ops import lora
+from barqtrain_hf.ops import lora, lora_beside
 from barqtrain_hf.patching import lora as patching
 
 # Nothing else is patched: what differs from stock is the op's doing.
@@ -31,9 +32,13 @@ def adapted(
     **options: Any,
 ) -> Any:
     """A tiny model under PEFT, the same weights every time; ``options`` are of its `LoraConfig`."""
+    return wrapped(tiny_model(family, dtype, **(overrides or {})), adapter_dtype, **options)
+
+
+def wrapped(base: Any, adapter_dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A model under PEFT, the same adapters every time; ``options`` are of its `LoraConfig`."""
     peft = pytest.importorskip("peft")
     options = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", **options}
-    base = tiny_model(family, dtype, **(overrides or {}))
     torch.manual_seed(5)
     model = peft.get_peft_model(base, peft.LoraConfig(**options))
     fill(model)
@@ -67,15 +72,15 @@ def assert_close(
 
 
 def force_fused(patch: pytest.MonkeyPatch) -> list[int]:
-    """From now on `lora_linears` takes its fused path wherever it can; how many layers each call had."""
+    """From now on the ops of LoRA take their fused paths wherever they can; how many layers each call had."""
     calls: list[int] = []
-    apply = lora.apply
 
-    def watched(x: torch.Tensor, layers: Any, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def watched(apply: Any, x: torch.Tensor, layers: Any, dtype: Any) -> tuple[torch.Tensor, ...]:
         calls.append(len(layers))
         return apply(x, layers, dtype)
 
-    patch.setattr(lora, "use_cuda", lambda op, backend, x, unsupported: unsupported is None)
-    patch.setattr(lora, "apply", watched)
+    for op in (lora, lora_beside):
+        patch.setattr(op, "use_cuda", lambda op, backend, x, unsupported: unsupported is None)
+        patch.setattr(op, "apply", partial(watched, op.apply))
     patch.setattr(patching, "_probed", {})  # that path is probed too
     return calls

@@ -1,7 +1,8 @@
-"""PEFT's LoRA around a plain linear layer: the adapter's part is added inside the layer's own product.
+"""PEFT's LoRA around a linear layer: the adapter's part is added inside the layer's own product.
 
-Whether a call is plain enough is asked each time, for adapters are switched, merged and scaled while a model
-lives. The layer's modules are not called, so that a hook on one of them, or a forward that somebody has put
+Around a layer that bitsandbytes has quantised it is added to what that layer returns. Whether a call is plain
+enough is asked each time, for adapters are switched, merged and scaled while a model lives. Of the layer's
+modules none is called but a quantised one, so that a hook on one of them, or a forward that somebody has put
 there, keeps PEFT's forward. Adapters stay the parameters they are: saving, merging and disabling are PEFT's.
 """
 
@@ -18,12 +19,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
-from barqtrain_hf.ops import LoraLinear, lora_linear, lora_linears
+from barqtrain_hf.ops import (
+    LoraLayer,
+    LoraLinear,
+    lora_layer,
+    lora_layers,
+    lora_linear,
+    lora_linears,
+)
 from barqtrain_hf.ops._backend import autocast_dtype, use_cuda
 from barqtrain_hf.patching import probe, recompute
 from barqtrain_hf.patching.candidate import Answer, Candidate, because
 from barqtrain_hf.patching.head_lora import is_lora_linear
-from barqtrain_hf.patching.lora_together import Together
+from barqtrain_hf.patching.lora_quantized import is_lora_quantized, unusual
+from barqtrain_hf.patching.lora_together import Layer, Together
 from barqtrain_hf.patching.report import PatchReport
 
 OP = "lora"
@@ -40,16 +49,20 @@ def candidates(model: nn.Module) -> Iterator[Candidate]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     together = Together()
     for name, module in model.named_modules():
-        together.add(module, is_lora_linear)
+        for is_layer in (is_lora_linear, is_lora_quantized):
+            together.add(module, is_layer)
         if not type(module).__module__.startswith(_PACKAGE) or not hasattr(module, "lora_A"):
             continue
         if module is head:
             continue
-        if is_lora_linear(module):
+        if is_lora_linear(module) or is_lora_quantized(module):
             yield Candidate(OP, name, module, partial(_build, module, name, together))
         else:
             kind = type(getattr(module, "base_layer", module)).__name__
-            reason = f"{type(module).__name__} around {kind}: only plain linear layers are fused"
+            reason = (
+                f"{type(module).__name__} around {kind}: only linear layers, plain or quantised by "
+                "bitsandbytes, are fused"
+            )
             yield Candidate(OP, name, module, because(reason))
 
 
@@ -79,7 +92,7 @@ def _new_forward(
             return type(self).forward(self, x, *args, **kwargs)
         try:
             if torch.compiler.is_compiling():
-                return lora_linears(x, [own])[0]
+                return _together(x, [own])[0]
             y = together.take(self, own, x)
             if y is not None:
                 return y
@@ -98,9 +111,9 @@ def _new_forward(
     return forward
 
 
-def _read_all(layers: Sequence[Any], x: torch.Tensor) -> list[LoraLinear]:
+def _read_all(layers: Sequence[Any], x: torch.Tensor) -> list[Layer]:
     """What the op is given of each layer; nothing if one of them does not take part."""
-    linears = []
+    linears: list[Layer] = []
     for layer in layers:
         linear = None if _is_bound_elsewhere(layer) else _read(layer, x)
         if linear is None or isinstance(linear, str):
@@ -109,9 +122,15 @@ def _read_all(layers: Sequence[Any], x: torch.Tensor) -> list[LoraLinear]:
     return linears
 
 
-def _computed(x: torch.Tensor, linears: Sequence[LoraLinear]) -> tuple[torch.Tensor, ...]:
+def _computed(x: torch.Tensor, linears: Sequence[Layer]) -> tuple[torch.Tensor, ...]:
     with recompute.without_saving(x):
-        return lora_linears(x, linears)
+        return _together(x, linears)
+
+
+def _together(x: torch.Tensor, layers: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """All by one op: a group's layers are of one kind."""
+    op = lora_layers if isinstance(layers[0], LoraLayer) else lora_linears
+    return op(x, layers)
 
 
 def _is_bound_elsewhere(layer: Any) -> bool:
@@ -119,7 +138,7 @@ def _is_bound_elsewhere(layer: Any) -> bool:
     return getattr(layer.__dict__.get("forward"), "__module__", None) != __name__
 
 
-def _read(layer: Any, x: Any) -> LoraLinear | str:
+def _read(layer: Any, x: Any) -> Layer | str:
     """What the op is given of a layer, or why a call is left to PEFT.
 
     Every call asks, for a member of a group also that of the first, which computes it: a hook may change the
@@ -153,8 +172,13 @@ def _read(layer: Any, x: Any) -> LoraLinear | str:
     for module in (base, a, b, dropout):
         if "forward" in module.__dict__ or _is_hooked(module):
             return "there are hooks inside (offloading, ZeRO-3, or the user's)"
+    quantized = type(base) is not nn.Linear and is_lora_quantized(layer)
+    if quantized:
+        reason = unusual(base)
+        if reason is not None:
+            return reason
     weights = []
-    for linear in (base, a, b):
+    for linear in (a, b) if quantized else (base, a, b):
         if type(linear) is not nn.Linear:
             return f"there is a {type(linear).__name__} inside"
         weight = linear.weight
@@ -162,13 +186,25 @@ def _read(layer: Any, x: Any) -> LoraLinear | str:
             return "its weights are in parts (FSDP, tensor parallelism or ZeRO-3)"
         weights.append(weight)
     bias = base.bias
-    if weights[0].requires_grad or (bias is not None and bias.requires_grad):
+    if not quantized and (weights[0].requires_grad or (bias is not None and bias.requires_grad)):
         return "its own weight is trained too"
     if type(x) is not torch.Tensor:
         return f"called with a {type(x).__name__}"
     if x.is_meta:
         return "called with a tensor on meta"
+    if quantized:
+        return _quantized(base, weights[0], weights[1], scaling, p, x)
     return LoraLinear(weights[0], weights[1], weights[2], scaling, bias, p)
+
+
+def _quantized(
+    base: Any, a: torch.Tensor, b: torch.Tensor, scaling: float, dropout: float, x: torch.Tensor
+) -> LoraLayer | str:
+    dtype = autocast_dtype(x)
+    if x.dtype not in (torch.float32, dtype or x.dtype):
+        # PEFT adds to what is in one 16-bit dtype what is in the other, and the sum is in fp32.
+        return f"called with {x.dtype} under autocast in {dtype}"
+    return LoraLayer(base, a, b, scaling, dropout)
 
 
 def _probability(dropout: Any) -> float | None:
@@ -227,6 +263,8 @@ def _probe(module: Any, generator: torch.Generator) -> frozenset[torch.dtype]:
     def ours(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor
     ) -> torch.Tensor:
+        if is_lora_quantized(module):
+            return lora_layer(x, _Product(weight, bias), a, b, scaling)
         return lora_linear(x, weight, a, b, scaling, bias=bias)
 
     shapes = [(_ROWS, _IN), (_OUT, _IN), (_OUT,), (_RANK, _IN), (_OUT, _RANK)]

@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from barqtrain_hf.ops import LoraLinear
+from barqtrain_hf.ops import LoraLayer, LoraLinear
 from barqtrain_hf.ops._backend import autocast_dtype
+
+Layer = LoraLinear | LoraLayer
 
 
 class _Answer(NamedTuple):
@@ -51,7 +53,7 @@ class Together:
             if len(group) > 1:
                 self._groups[group[0]] = [weakref.ref(layer) for layer in group[1:]]
 
-    def take(self, layer: Any, linear: LoraLinear, x: torch.Tensor) -> torch.Tensor | None:
+    def take(self, layer: Any, linear: Layer, x: torch.Tensor) -> torch.Tensor | None:
         """The layer's answer, if the call of another has computed it for what the layer is now."""
         ready: dict[Any, _Answer] = getattr(self._here, "ready", {})
         answer = ready.pop(layer, None)
@@ -69,7 +71,7 @@ class Together:
     def keep(
         self,
         layers: Sequence[Any],
-        linears: Sequence[LoraLinear],
+        linears: Sequence[Layer],
         x: torch.Tensor,
         ys: Sequence[torch.Tensor],
     ) -> None:
@@ -80,10 +82,16 @@ class Together:
         }
 
 
-def _state(linear: LoraLinear, x: torch.Tensor) -> tuple[Any, ...]:
+def _state(linear: Layer, x: torch.Tensor) -> tuple[Any, ...]:
     """All that a layer's answer depends on beside the values of x, each change of which counts."""
-    weight, a, b, scaling, bias, dropout = linear
-    tensors = (x, weight, a, b) if bias is None else (x, weight, a, b, bias)
+    own: Any
+    if isinstance(linear, LoraLayer):
+        base, a, b, scaling, dropout = linear
+        own = base._parameters.values()  # type: ignore[attr-defined]  # of a module, here
+    else:
+        weight, a, b, scaling, bias, dropout = linear
+        own = (weight, bias)
+    tensors = (x, a, b, *(tensor for tensor in own if tensor is not None))
     return (
         *((id(t), t.data_ptr(), t._version, t.requires_grad) for t in tensors),
         scaling,

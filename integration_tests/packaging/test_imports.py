@@ -71,6 +71,7 @@ ONLY_IN = {
         "trainer",
     },
     "peft": {"benchmarks", "patching", "cli"},
+    "bitsandbytes": {"benchmarks"},
     "trl": {"benchmarks", "sft"},
     "datasets": {"benchmarks", "sft"},
     "deepspeed": {"patching"},

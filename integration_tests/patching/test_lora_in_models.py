@@ -134,7 +134,7 @@ def test_other_layers_are_named() -> None:
     stock = run(model, batch())
     report = patch_model(model, LORA_ONLY)
     ((op, reason),) = report.skipped
-    assert (op, reason) == ("lora", "Linear around Conv1D: only plain linear layers are fused")
+    assert op == "lora" and reason.startswith("Linear around Conv1D: only linear layers, plain or ")
     assert not report.installed and len(report.skipped["lora", reason]) == 8
     assert_same(run(model, batch()), stock, "reference")
     report = patch_model(adapted("llama", target_modules=["embed_tokens", "q_proj"]), LORA_ONLY)
