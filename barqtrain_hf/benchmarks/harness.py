@@ -26,7 +26,7 @@ from barqtrain_hf.errors import DataError, UnsupportedError
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "cupy-cuda13x", "cupy-cuda12x"),
     *("liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "cut-cross-entropy", "trl", "peft"),
-    *("datasets", "tokenizers"),
+    *("datasets", "tokenizers", "bitsandbytes"),
 )
 
 

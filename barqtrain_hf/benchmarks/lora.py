@@ -1,4 +1,5 @@
-"""LoRA beside PEFT and beside frozen weights alone: single layers, a decoder layer, errors, and the bars.
+"""LoRA beside PEFT and beside frozen weights alone: single layers, one of them in bitsandbytes' 4 bits, a
+decoder layer, errors, and the bars.
 
 Forward and backward through autograd, bf16, device time, implementations in turns as in the attention
 benchmark. PEFT's adapters are fp32 by default and then run under autocast, as `Trainer` with ``bf16=True``
@@ -37,6 +38,7 @@ LINEARS = (
     (2048, 2048, 16, 1.25),
     *((wide, out, 64, 1.2) for wide, out in ((2048, 8192), (8192, 2048), (4096, 4096))),
 )
+QUANTIZED = ((4096, 4096, 16),)
 # Layers of Llama-3.2-1B, some, so that what a model does once a pass is a small part.
 LAYER: dict[str, int] = {
     "hidden_size": 2048,
@@ -57,6 +59,7 @@ def run(
     rows: int = ROWS,
     layer: dict[str, int] | None = None,
     batch: tuple[int, int] = (BATCH, LENGTH),
+    quantized: tuple[tuple[int, int, int], ...] = QUANTIZED,
 ) -> Report:
     """Measures every implementation at every shape."""
     report = Report("lora")
@@ -74,6 +77,10 @@ def run(
         {"part": "dropout", "shape": f"{rows} × {wide} → {out}, r={rank}, dropout {DROPOUT}"},
         linear_calls(rows, wide, out, rank, DROPOUT),
     )
+    for wide, out, rank in quantized:
+        torch.manual_seed(0)
+        shape = f"{rows} × {wide} → {out} in 4 bits, r={rank}"
+        _measure_quantized(report, {"part": "quantized", "shape": shape}, rows, wide, out, rank)
     torch.manual_seed(0)
     layer = LAYER if layer is None else layer
     shape = f"a Llama-3.2-1B layer, {batch[0]}×{batch[1]} tokens, r=16"
@@ -86,16 +93,47 @@ def run(
 
 
 def linear_calls(
-    rows: int, wide: int, out: int, rank: int, dropout: float = 0.0
+    rows: int,
+    wide: int,
+    out: int,
+    rank: int,
+    dropout: float = 0.0,
+    in_4_bits: bool = False,
+    device: str = "cuda",
 ) -> dict[str, Call]:
     """Forward passes by implementation."""
-    base = nn.Linear(wide, out, bias=False, device="cuda", dtype=torch.bfloat16)
+    base = nn.Linear(wide, out, bias=False, device=device, dtype=torch.bfloat16)
     base.weight.requires_grad_(False)
-    x = torch.randn(rows, wide, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    if in_4_bits:
+        base = _quantized(base)
+    x = torch.randn(rows, wide, device=device, dtype=torch.bfloat16).requires_grad_()
     calls: dict[str, Call] = {FROZEN: lambda: base(x)}
     for name in (PEFT, PEFT_BF16, OURS):
         calls[name] = _forward(_adapted(nn.Sequential(base), rank, name, dropout), x)
     return calls
+
+
+def _quantized(linear: nn.Linear) -> Any:
+    """As QLoRA has it: nf4, its scales quantised too."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    wide, out, device = linear.in_features, linear.out_features, linear.weight.device
+    layer = Linear4bit(wide, out, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    weight = Params4bit(linear.weight.data.cpu(), quant_type="nf4", module=layer)
+    layer.weight = weight.to(device)
+    return layer
+
+
+def _measure_quantized(
+    report: Report, columns: dict[str, Any], rows: int, wide: int, out: int, rank: int
+) -> None:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        reason = "bitsandbytes is not installed: pip install 'barqtrain_hf[qlora]'"
+        report.add(**columns, implementation=OURS, unavailable=reason)
+        return
+    _measure(report, columns, linear_calls(rows, wide, out, rank, in_4_bits=True))
 
 
 def layer_calls(config: dict[str, int], batch: int, length: int) -> dict[str, Call]:
@@ -143,7 +181,10 @@ def _adapted(model: nn.Module, rank: int, name: str, dropout: float = 0.0) -> An
         ) from None
     from barqtrain_hf import patch_model
 
-    linear = [n for n, module in model.named_modules() if type(module) is nn.Linear]
+    modules = dict(model.named_modules())
+    linear = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
+    quantized = any(type(modules[name]) is not nn.Linear for name in linear)
+    model.is_loaded_in_4bit = quantized  # type: ignore[assignment]  # what PEFT goes by
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

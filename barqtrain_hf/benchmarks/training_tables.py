@@ -29,7 +29,7 @@ def steps_table(reports: Sequence[Json]) -> list[str]:
 def lora_table(reports: Sequence[Json]) -> list[str]:
     """Forward and backward of layers with adapters, beside the same weights without."""
     lines = ["| bf16 | | ms | of frozen | kept, GiB |", "|---|---|---:|---:|---:|"]
-    for which in ("linear", "dropout", "layer"):
+    for which in ("linear", "dropout", "quantized", "layer"):
         for row, case in rows_of(reports, which, lambda row: str(row["shape"])):
             cells = [unavailable(row), "", ""]
             if "unavailable" not in row:

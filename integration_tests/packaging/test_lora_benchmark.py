@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import torch
 from lora_models import force_fused
 
 from barqtrain_hf.benchmarks import lora
@@ -36,3 +39,19 @@ def test_bars() -> None:
     lora.judge(report)
     bars = [(row["met"], row["of"]) for row in report.rows if row["part"] == "bars"]
     assert bars == [(1, 2), (1, 1), (1, 1), (1, 2)]
+
+
+def test_layers_in_4_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every implementation runs on them; without bitsandbytes a row says so."""
+    pytest.importorskip("bitsandbytes")
+    fused = force_fused(monkeypatch)
+    torch.manual_seed(0)
+    calls = lora.linear_calls(16, 64, 80, 4, in_4_bits=True, device="cpu")
+    base, *adapted = (call() for call in calls.values())
+    assert len(adapted) == 3 and fused[-1] == 1
+    for y in adapted:
+        assert y.dtype is torch.bfloat16 and y.shape == base.shape and not torch.equal(y, base)
+    report = Report("lora")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    lora._measure_quantized(report, {"part": "quantized", "shape": "any"}, 16, 64, 80, 4)
+    assert "pip install 'barqtrain_hf[qlora]'" in report.rows[0]["unavailable"]
