@@ -15,6 +15,10 @@ COMMANDS = {
         "barqtrain_hf.cli.demo",
         "train a small model with BarqTrainer and with Trainer, and compare the two",
     ),
+    "sft": (
+        "barqtrain_hf.cli.sft",
+        "fine-tune a model as `trl sft` does, with the same options",
+    ),
     "doctor": (
         "barqtrain_hf.cli.doctor",
         "say what runs on this machine, how well, and what would be put into a model",

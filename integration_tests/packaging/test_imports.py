@@ -25,7 +25,10 @@ MAY_IMPORT = {
     "benchmarks": {"__init__", "cli", "data", "errors", "ops", "runtime"},
     "callbacks": {"config", "patching"},
     "checkpoints": {"errors"},
-    "cli": {"__init__", "config", "data", "errors", "ops", "patching", "runtime", "trainer"},
+    "cli": {
+        *("__init__", "benchmarks", "config", "data", "errors", "ops", "patching", "runtime"),
+        *("sft", "trainer"),
+    },
     "config": {"errors"},
     "data": {"_rust", "errors"},
     "metrics": {"runtime", "timeline"},
@@ -72,8 +75,8 @@ ONLY_IN = {
     },
     "peft": {"benchmarks", "patching", "cli"},
     "bitsandbytes": {"benchmarks"},
-    "trl": {"benchmarks", "sft"},
-    "datasets": {"benchmarks", "sft"},
+    "trl": {"benchmarks", "cli", "sft"},
+    "datasets": {"benchmarks", "cli", "sft"},
     "deepspeed": {"patching"},
     "wandb": {"samples_callback"},
 }
