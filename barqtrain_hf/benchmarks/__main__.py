@@ -13,7 +13,7 @@ from barqtrain_hf.runtime import cuda_unavailable_reason
 
 ON_GPU = (
     *("attention", "glu", "launch", "linear_cross_entropy", "lora", "loss_curves", "norms"),
-    *("rope", "steps"),
+    *("rope", "sft", "steps"),
 )
 ON_CPU = ("data",)
 

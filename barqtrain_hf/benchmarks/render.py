@@ -29,6 +29,7 @@ from barqtrain_hf.benchmarks.table_rows import Json, bold, rows_of, unavailable
 from barqtrain_hf.benchmarks.training_tables import (
     lora_accuracy_table,
     lora_table,
+    sft_table,
     steps_table,
 )
 
@@ -339,6 +340,7 @@ TABLES: dict[str, Callable[[Sequence[Json]], list[str]]] = {
     "loss_curves": loss_curves_table,
     "lora": lora_table,
     "lora_accuracy": lora_accuracy_table,
+    "sft": sft_table,
     "steps": steps_table,
     "data": data_table,
     "bandwidth_roofline": bandwidth_roofline_table,

@@ -1,4 +1,4 @@
-"""Tables of whole training steps and of LoRA's layers."""
+"""Tables of whole training steps, of the commands for fine-tuning, and of LoRA's layers."""
 
 from __future__ import annotations
 
@@ -24,6 +24,35 @@ def steps_table(reports: Sequence[Json]) -> list[str]:
             cells = [f"{speed:,.0f}", f"{speed / stock:.2f}×" if stock else "", peak, loss]
         lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
     return lines
+
+
+def sft_table(reports: Sequence[Json]) -> list[str]:
+    """Tokens per second, peak memory and loss of both commands, and how much faster ours is."""
+    lines = [
+        "| trained | | tokens/s | middle half | barqtrain beside it | peak memory | mean loss |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row, case in rows_of(reports, "sft", lambda row: str(row["case"])):
+        cells = [unavailable(row), *[""] * 4]
+        if "unavailable" not in row:
+            speed, ours = row["tokens_per_second"], _our_speed(reports, row["case"])
+            quartiles = [row[f"tokens_per_second_quartile_{number}"] for number in (1, 3)]
+            beside = f"{ours / speed:.2f}×" if ours and not _is_ours(row) else ""
+            cells = [f"{speed:,.0f}", " to ".join(f"{each:,.0f}" for each in quartiles), beside]
+            cells += [f"{row['peak_gib']:.1f} GiB", f"{row['loss']:.4f}"]
+        cells = [row["implementation"], *cells]
+        cells = [f"**{cell}**" if cell and _is_ours(row) else cell for cell in cells]
+        lines.append(f"| {' | '.join([case, *cells])} |")
+    return lines
+
+
+def _is_ours(row: Json) -> bool:
+    return str(row["implementation"]).startswith("barqtrain")
+
+
+def _our_speed(reports: Sequence[Json], case: str) -> float | None:
+    rows = [row for report in reports for row in report["rows"] if row.get("case") == case]
+    return next((row.get("tokens_per_second") for row in rows if _is_ours(row)), None)
 
 
 def lora_table(reports: Sequence[Json]) -> list[str]:

@@ -1,0 +1,227 @@
+"""`barqtrain sft` beside `trl sft`: LoRA on the demo's chats, with every way that TRL has to lay them out.
+
+Each run is a process of its own, one after another on the same machine, with the same options but those that
+the row names. Steps are timed by fours; tokens are those of documents, as TRL counts them, and no padding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from barqtrain_hf.benchmarks.harness import Report
+from barqtrain_hf.benchmarks.sft_run import WINDOW
+from barqtrain_hf.benchmarks.steps import MODEL
+from barqtrain_hf.cli.demo import tasks
+from barqtrain_hf.cli.demo.tokenizer import train_tokenizer
+from barqtrain_hf.cli.demo.workload import TASK_VOCAB_SIZE
+
+PACKED = ("--packing", "--per_device_train_batch_size", "{rows}")
+# The same rows one after another: stock sdpa sees a mask of [T, T], and T is that of all rows of a batch.
+ONE_BY_ONE = (
+    *("--packing", "--per_device_train_batch_size", "1"),
+    *("--gradient_accumulation_steps", "{rows}"),
+)
+# As many documents as a packed row holds.
+UNPACKED = (
+    *("--per_device_train_batch_size", "{documents}"),
+    *("--gradient_accumulation_steps", "{rows}"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        name: what the table calls it.
+        command: "trl" or "barqtrain".
+        options: beside those that all have.
+        packs: whether documents share rows.
+        apart: whether they are kept from seeing each other there.
+    """
+
+    name: str
+    command: str
+    options: tuple[str, ...]
+    packs: bool = True
+    apart: bool = True
+
+
+OURS = Row("barqtrain sft, packed", "barqtrain", PACKED)
+BFD = Row("trl sft, packed", "trl", PACKED)
+BFD_ONE = Row("trl sft, packed, row by row", "trl", ONE_BY_ONE)
+WRAPPED = Row(
+    "trl sft, wrapped: documents see each other",
+    "trl",
+    (*PACKED, "--packing_strategy", "wrapped"),
+    apart=False,
+)
+TRL = (
+    Row("trl sft, padded", "trl", UNPACKED, packs=False),
+    Row("trl sft, padding-free", "trl", ("--padding_free", *UNPACKED), packs=False),
+    BFD,
+    BFD_ONE,
+    Row(f"{BFD_ONE.name}, Liger", "trl", (*ONE_BY_ONE, "--use_liger_kernel")),
+    WRAPPED,
+    Row(
+        "trl sft, packed, flash_attention_2",
+        "trl",
+        (*PACKED, "--attn_implementation", "flash_attention_2"),
+    ),
+    # Which is compiled anew for every length, so rows are padded to one.
+    Row(
+        f"{BFD_ONE.name}, flex_attention",
+        "trl",
+        (
+            *ONE_BY_ONE,
+            "--attn_implementation",
+            "flex_attention",
+            "--pad_to_multiple_of",
+            "{length}",
+        ),
+    ),
+)
+# With or without TRL's default, which computes activations again; without is faster, where they fit.
+CASES: tuple[tuple[str, bool, tuple[Row, ...]], ...] = (
+    ("LoRA r=16", False, (*TRL, OURS)),
+    ("LoRA r=16, gradient checkpointing", True, (BFD_ONE, WRAPPED, OURS)),
+)
+ROWS, LENGTH, STEPS, EXAMPLES = 4, 4096, 24, 16_000
+SPEED = 1.4  # the bar: times TRL's tokens per second
+_MINUTES = 3  # that a run may take
+_ALL_MINUTES = 9  # that all may take; those after it are not run
+_SHOWN = 160  # characters of a failure
+
+
+def run(
+    model: dict[str, Any] | None = None,
+    rows: int = ROWS,
+    length: int = LENGTH,
+    steps: int = STEPS,
+    examples: int = EXAMPLES,
+    cases: Sequence[tuple[str, bool, tuple[Row, ...]]] = CASES,
+) -> Report:
+    """Makes model, tokenizer and data, and runs every row of every case."""
+    report = Report("sft")
+    end = time.monotonic() + 60 * _ALL_MINUTES
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokens = prepare(folder, MODEL if model is None else model, examples)
+        sizes = {"rows": rows, "length": length, "documents": max(1, round(length / tokens))}
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        # Ours first, so that it is there if time runs out.
+        for case, checkpointing, ways in sorted(cases, key=lambda case: case[1]):
+            for way in sorted(ways, key=lambda way: way.command):
+                argv = options(folder, way, checkpointing, sizes, steps)
+                seconds = min(60.0 * _MINUTES, end - time.monotonic())
+                found[case, way.name] = run_apart(way.command, argv, folder, seconds)
+    for case, _, ways in cases:
+        for way in ways:
+            about = {"packs": way.packs, "apart": way.apart}
+            row = found[case, way.name]
+            report.add(part="sft", case=case, implementation=way.name, **about, **row)
+    judge(report)
+    return report
+
+
+def prepare(folder: Path, config: dict[str, Any], examples: int) -> float:
+    """Writes ``model`` (random weights in bf16, and a tokenizer) and ``data`` (the demo's chats).
+
+    Returns:
+        Tokens in an average document.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    train, _ = tasks.generate(0, examples, 8)
+    texts = (text for example in train for text in (example.prompt, example.answer))
+    tokenizer = train_tokenizer(texts, TASK_VOCAB_SIZE, chat=True)
+    tokenizer.save_pretrained(folder / "model")
+    lines = [json.dumps({"messages": example.messages}) for example in train]
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    on_gpu = torch.cuda.is_available()
+    torch.manual_seed(0)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    with torch.device("cuda" if on_gpu else "cpu"):
+        made: Any = LlamaForCausalLM(LlamaConfig(**config, **ends, bos_token_id=None))
+    made.bfloat16().save_pretrained(folder / "model")
+    del made
+    if on_gpu:
+        torch.cuda.empty_cache()  # it belongs to the runs
+    some = [example.messages for example in train[:1000]]
+    encoded = tokenizer.apply_chat_template(some, tokenize=True, return_dict=True)["input_ids"]
+    return sum(map(len, encoded)) / len(encoded)
+
+
+def options(
+    folder: Path, way: Row, checkpointing: bool, sizes: dict[str, int], steps: int
+) -> list[str]:
+    """The command line after ``sft``: what all have in common, and what a row adds."""
+    of_device = [] if torch.cuda.is_available() else ["--use_cpu", "--bf16", "false"]
+    of_row = [word.format(**sizes) for word in way.options]
+    # Padding-free documents are not cut off, and TRL wants to be told.
+    max_length = "none" if "--padding_free" in way.options else str(sizes["length"])
+    return [
+        *("--model_name_or_path", str(folder / "model"), "--dtype", "bfloat16"),
+        *("--dataset_name", str(folder / "data"), "--output_dir", str(folder / "out")),
+        *("--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0"),
+        *("--lora_target_modules", "all-linear", "--learning_rate", "2e-4"),
+        *("--max_length", max_length, "--max_steps", str(steps)),
+        *("--gradient_checkpointing", str(checkpointing).lower()),
+        *("--logging_steps", str(WINDOW), "--save_strategy", "no", "--report_to", "none"),
+        *("--disable_tqdm", "true", *of_device, *of_row),
+    ]
+
+
+def run_apart(command: str, argv: list[str], folder: Path, seconds: float) -> dict[str, Any]:
+    """One run in a process of its own: its numbers, or why there are none."""
+    if seconds <= 0:
+        return {"unavailable": f"not run: {_ALL_MINUTES} minutes were over"}
+    child = [sys.executable, "-m", "barqtrain_hf.benchmarks.sft_run", command, json.dumps(argv)]
+    environment = {
+        "HF_HUB_OFFLINE": "1",  # nothing is needed from there
+        **os.environ,
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
+    }
+    try:
+        done = subprocess.run(
+            child,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=seconds,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return {"unavailable": f"took more than {seconds:.0f} seconds"}
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        return {"unavailable": lines[-1][:_SHOWN] if lines else f"exit code {error.returncode}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def judge(report: Report) -> None:
+    """Whether ours is fast enough beside TRL's best packing, in the first case."""
+    rows = [row for row in report.rows if row["case"] == CASES[0][0] and "loss" in row]
+    ours = [row["tokens_per_second"] for row in rows if row["implementation"] == OURS.name]
+    packed = [row for row in rows if row["packs"] and row["implementation"] != OURS.name]
+    for kind, rivals in (
+        ("that keeps documents apart", [row for row in packed if row["apart"]]),
+        ("of any kind", packed),
+    ):
+        if ours and rivals:
+            best = max(row["tokens_per_second"] for row in rivals)
+            bar = f"at least {SPEED} times the tokens per second of TRL's best packing {kind}"
+            report.add(part="bars", bar=bar, met=int(ours[0] >= SPEED * best), of=1)
