@@ -92,10 +92,16 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} threads",
-        "command": " ".join(["python", "-m", "barqtrain_hf.benchmarks", *sys.argv[1:]]),
+        "command": _command(sys.argv[1:]),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _command(words: Sequence[str]) -> str:
+    if words[:1] == ["bench"]:
+        return " ".join(["barqtrain", *words])
+    return " ".join(["python", "-m", "barqtrain_hf.benchmarks", *words])
 
 
 def time_gpu(

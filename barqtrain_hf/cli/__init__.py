@@ -23,6 +23,10 @@ COMMANDS = {
         "barqtrain_hf.cli.doctor",
         "say what runs on this machine, how well, and what would be put into a model",
     ),
+    "bench": (
+        "barqtrain_hf.cli.bench",
+        "measure ops, the data pipeline or training steps beside other libraries",
+    ),
 }
 INTERRUPTED = 130
 
@@ -35,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 if doctor finds a problem, 2 for a mistake in the arguments or the data, 130
-        after Ctrl-C.
+        after Ctrl-C. What is nobody's mistake is raised: Python prints the traceback and ends with 1.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else ""
@@ -70,6 +74,8 @@ def _usage() -> str:
             "commands:",
             *lines,
             "",
-            "`barqtrain COMMAND --help` describes the options of a command.",
+            "`barqtrain COMMAND --help` describes the options of a command. Exit codes: 0 done; 1 a",
+            "failure with its traceback, or problems that doctor found; 2 a mistake in the options or",
+            "the data, in one sentence; 130 after Ctrl-C.",
         ]
     )
