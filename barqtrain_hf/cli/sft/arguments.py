@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -46,7 +47,7 @@ class _Parser(TrlParser):  # type: ignore[misc]
     """TRL's parser, whose mistakes are one sentence instead of a usage of two hundred options."""
 
     def error(self, message: str) -> NoReturn:
-        raise ArgumentError(f"{message}.")
+        raise ArgumentError(f"{message.rstrip('.')}.")
 
 
 def parse(argv: Sequence[str]) -> tuple[Options, Left]:
@@ -78,7 +79,7 @@ def parse(argv: Sequence[str]) -> tuple[Options, Left]:
             raise
         raise ArgumentError(f"datasets: {one_line(error)}") from None
     except ImportError as error:
-        if error.name is not None:  # an import that failed; without a name, somebody's explanation
+        if not explains(error):
             raise
         raise UnsupportedError(one_line(error)) from None
     _check_known([*of_file, *of_line])
@@ -88,6 +89,11 @@ def parse(argv: Sequence[str]) -> tuple[Options, Left]:
 def one_line(error: BaseException) -> str:
     """The message of an error, its lines joined."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def explains(error: ImportError) -> bool:
+    """Whether it was raised to say what to install, and is not of an import that failed."""
+    return error.name is None or isinstance(error, PackageNotFoundError)
 
 
 def option_names() -> list[str]:

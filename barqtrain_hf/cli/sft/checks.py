@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from barqtrain_hf.cli.sft.arguments import Options, one_line
 from barqtrain_hf.config import BarqConfig, check_liger
@@ -49,6 +50,8 @@ def check(options: Options) -> None:
             raise ArgumentError(f"--{bits} keeps the weights frozen: add --use_peft to train LoRA.")
     _check_output(options.training.output_dir)
     _check_checkpoint(options.training)
+    _check_template(options.training.chat_template_path)
+    _check_attention(model.attn_implementation)
     _check_model(model.model_name_or_path, model.model_revision, options.training.trust_remote_code)
 
 
@@ -92,6 +95,13 @@ def _missing(option: str, package: str) -> UnsupportedError:
     )
 
 
+def _check_attention(name: str | None) -> None:
+    known = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is not None and "/" not in name and name not in known:
+        names = ", ".join(each for each in known if not each.startswith("paged"))
+        raise ArgumentError(f"--attn_implementation {name}: pass one of {names}.")
+
+
 def _check_output(folder: str) -> None:
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ArgumentError(f"--output_dir {folder} is a file; pass a folder.")
@@ -106,6 +116,16 @@ def _check_checkpoint(training: Any) -> None:
             f"--resume_from_checkpoint {checkpoint}: there is no such folder; pass one of "
             f"{training.output_dir}/checkpoint-*, or true for the last of them."
         )
+    if not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
+        raise ArgumentError(
+            f"--resume_from_checkpoint {checkpoint}: it is no checkpoint, or one that was not written to "
+            "its end, for it has no trainer_state.json."
+        )
+
+
+def _check_template(path: str | None) -> None:
+    if path is not None and path.endswith((".jinja", ".j2")) and not os.path.isfile(path):
+        raise ArgumentError(f"--chat_template_path {path}: there is no such file.")
 
 
 def _check_model(name: str, revision: str, trust_remote_code: bool) -> None:

@@ -92,8 +92,11 @@ def _local(entry: Any) -> Any:
 
 
 def _check_there(name: str, option: str) -> None:
-    if not glob.glob(os.path.expanduser(name), recursive=True):
+    files = glob.glob(os.path.expanduser(name), recursive=True)
+    if not files:
         raise DataError(f"{option}: there is no such file.")
+    if not any(map(os.path.getsize, files)):
+        raise DataError(f"{option}: the file is empty.")
 
 
 def _read(option: str, read: Callable[[], T]) -> T:

@@ -13,15 +13,19 @@ from transformers import AutoProcessor
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from barqtrain_hf.cli.sft import checks, data, summary
-from barqtrain_hf.cli.sft.arguments import Options, one_line
+from barqtrain_hf.cli.sft.arguments import Options, explains, one_line
 from barqtrain_hf.errors import ArgumentError, UnsupportedError
+from barqtrain_hf.patching import register_attention
 from barqtrain_hf.sft import BarqSFTTrainer
 
 _WIDTH = 100  # where there is no terminal
+# Where options are checked: by SFTTrainer, and by PEFT, which looks for lora_target_modules.
+_CHECKING = (SFTTrainer.__module__, "peft.tuners.tuners_utils")
 
 
 def run(options: Options) -> int:
     """Trains, saves, pushes if asked to, and says what came of it; returns the exit code."""
+    register_attention()  # --attn_implementation barq is then one of transformers' own
     checks.check(options)
     train, evaluation = data.load(options)
     training, model = options.training, options.model
@@ -82,21 +86,21 @@ def _tokenizer(model: Any, training: Any) -> Any:
 
 @contextmanager
 def _mistakes_told() -> Iterator[None]:
-    """What SFTTrainer's constructor itself refuses is the user's mistake, and told as such.
+    """What the constructor itself refuses is the user's mistake, and told as such.
 
-    Errors from deeper down, in a model or a data set, keep their traceback.
+    Errors from elsewhere, in a model or a data set, keep their traceback.
     """
     try:
         yield
     except ImportError as error:
-        if error.name is not None:  # an import that failed; without a name, somebody's explanation
+        if not explains(error):
             raise
         raise UnsupportedError(one_line(error)) from None
     except ValueError as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        if trace is None or trace.tb_frame.f_globals["__name__"] != SFTTrainer.__module__:
+        if trace is None or trace.tb_frame.f_globals["__name__"] not in _CHECKING:
             raise
         raise ArgumentError(one_line(error)) from None
 
