@@ -303,10 +303,17 @@ def check_text(block: Block) -> None:
         assert not _TO_RUN.match(line), f"{block}: {line!r} is to be run: use another tag than text"
 
 
+def run_by_the_command_line(block: Block) -> None:
+    """Nothing here: `cli/test_sft.py` runs the only such blocks, as they are written."""
+    place = (block.page, block.section)
+    assert place == ("README.md", "On the command line"), f"{block}: nobody executes it"
+
+
 # What is done with blocks of a language, but for python, whose blocks build on each other.
 CHECKS: dict[str, Callable[[Block], None]] = {
     "sh": check_shell,
     "console": run_console,
     "cuda": check_cuda,
     "text": check_text,
+    **dict.fromkeys(("bash", "yaml"), run_by_the_command_line),
 }
