@@ -48,13 +48,16 @@ def check_columns(dataset: Any, args: Any, formatting_func: Any, name: str) -> N
     """Refuses a data set that SFTTrainer finds nothing to train on in.
 
     Raises:
-        DataError: it lacks the columns.
+        DataError: it lacks the columns, or that of the text holds something else.
     """
     columns = getattr(dataset, "column_names", None)
     if not columns or formatting_func is not None:
         return
-    wanted = ("input_ids", "messages", "conversations", args.dataset_text_field)
+    wanted = ("input_ids", "messages", "conversations")
     if {"prompt", "completion"} <= set(columns) or any(column in columns for column in wanted):
+        return
+    if args.dataset_text_field in columns:
+        _check_text(dataset, args.dataset_text_field, name)
         return
     missing = {"prompt": "completion", "completion": "prompt"}
     for column, other in missing.items():
@@ -68,3 +71,13 @@ def check_columns(dataset: Any, args: Any, formatting_func: Any, name: str) -> N
         f"'completion' or 'input_ids', only {', '.join(columns)}: pass dataset_text_field=, or rename a "
         "column."
     )
+
+
+def _check_text(dataset: Any, column: str, name: str) -> None:
+    kind = (getattr(dataset, "features", None) or {}).get(column)  # a stream may not know
+    found = getattr(kind, "dtype", kind)
+    if kind is not None and found not in ("string", "large_string", "string_view"):
+        raise DataError(
+            f"the {name} data set's column {column!r} holds {found}, not strings: pass "
+            "dataset_text_field=, or convert the column."
+        )

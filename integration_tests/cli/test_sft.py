@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trl.scripts import sft as stock  # noqa: E402
 from barqtrain_hf.cli import main  # noqa: E402
 from barqtrain_hf.cli.sft import data, help, launch, summary  # noqa: E402
 from barqtrain_hf.cli.sft.arguments import Left, option_names, parse  # noqa: E402
+from barqtrain_hf.config import BarqConfig  # noqa: E402
 from barqtrain_hf.errors import DataError  # noqa: E402
 from barqtrain_hf.sft import BarqSFTTrainer  # noqa: E402
 
@@ -82,6 +84,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write(folder / "split" / "test.jsonl", ROWS["texts"][:5])
     _write(folder / "columns.jsonl", [{"body": "a", "n": 1}])
     _write(folder / "half.jsonl", [{"prompt": "a"}])
+    _write(folder / "numbers.jsonl", [{"text": 1}])
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "nothing.jsonl").write_text("")
     (folder / "file.bin").write_text("x")
@@ -291,6 +294,7 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
             "--dataset_name columns.jsonl",
             "no column 'text', 'messages', 'prompt' with 'completion'",
         ),
+        ("--dataset_name numbers.jsonl", "data set's column 'text' holds int64, not strings"),
         ("--dataset_name half.jsonl", "has a column 'prompt' and none 'completion'"),
         (
             "--eval_strategy epoch",
@@ -382,7 +386,12 @@ def test_ctrl_c(
 
     monkeypatch.setattr(BarqSFTTrainer, "train", stop)
     assert _sft(tmp_path, "texts.jsonl") == 130
-    assert "barqtrain sft: interrupted." in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "barqtrain sft: interrupted." in said and "--resume_from_checkpoint" not in said
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert _sft(tmp_path, "texts.jsonl") == 130
+    assert "add --resume_from_checkpoint true." in capsys.readouterr().err
 
 
 def test_help_names_options_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,6 +408,8 @@ def test_help_names_options_that_exist(capsys: pytest.CaptureFixture[str]) -> No
         assert page.startswith("usage: barqtrain sft --model_name_or_path MODEL")
         assert max(map(len, page.splitlines())) <= 110
     assert len(short.splitlines()) < 160
+    for field in fields(BarqConfig):
+        assert field.name in help.OURS[1][2]
 
 
 def test_help_waits_for_nothing() -> None:
@@ -417,7 +428,9 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     def launch_command(arguments: Any) -> None:
         launched.append(arguments)
-        assert not launch.is_wanted(Left([], ["--num_processes", "2"]))  # in what is launched
+        assert not launch.is_wanted(
+            Left([], ["--num_processes", "2"]), False
+        )  # in what is launched
         if outcome[0] is not None:
             raise outcome[0]
 
@@ -442,9 +455,9 @@ def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert _sft(tmp_path, "texts.jsonl", "--num_processes", "2") == 7
     # Several GPUs are all taken, as trl sft does.
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert launch.is_wanted(Left([], []))
+    assert launch.is_wanted(Left([], []), False) and not launch.is_wanted(Left([], []), True)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert not launch.is_wanted(Left([], []))
+    assert not launch.is_wanted(Left([], []), False)
 
 
 def test_commands_of_the_readme(

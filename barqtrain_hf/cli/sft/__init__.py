@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from barqtrain_hf.cli.sft.arguments import parse
 
     options, left = parse(argv)
-    if launch.is_wanted(left):
+    if launch.is_wanted(left, options.training.use_cpu):
         return launch.launch(argv, left)
     from barqtrain_hf.cli.sft.run import run
 

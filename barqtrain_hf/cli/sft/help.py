@@ -37,7 +37,9 @@ OURS = (
     (
         "barq_config",
         "JSON|FILE",
-        "Options of BarqConfig: a JSON object such as '{\"rope\": false}', or a JSON or YAML file.",
+        "A JSON object such as '{\"rope\": false}', or the path of a JSON or YAML file. Its keys: "
+        "rms_norm, layer_norm, glu, rope, attention, lora, linear_cross_entropy and packing, true or false "
+        "each, and max_extra_bytes, an integer.",
     ),
 )
 CONFIG = ("config", "FILE", "A YAML file with options; those of the command line come first.")

@@ -15,11 +15,11 @@ from barqtrain_hf.errors import ArgumentError
 _LAUNCHED = "BARQTRAIN_LAUNCHED"
 
 
-def is_wanted(left: Left) -> bool:
-    """Whether to launch: options of ``accelerate launch`` were given, or there are several GPUs."""
+def is_wanted(left: Left, use_cpu: bool) -> bool:
+    """Whether to launch: options of ``accelerate launch`` were given, or several GPUs are to be used."""
     if _LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
         return False
-    return any(left) or torch.cuda.device_count() > 1
+    return any(left) or (not use_cpu and torch.cuda.device_count() > 1)
 
 
 def launch(argv: Sequence[str], left: Left) -> int:

@@ -47,7 +47,13 @@ def run(options: Options) -> int:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    result = trainer.train(resume_from_checkpoint=_checkpoint(training.resume_from_checkpoint))
+    try:
+        result = trainer.train(resume_from_checkpoint=_checkpoint(training.resume_from_checkpoint))
+    except KeyboardInterrupt:
+        if any(Path(training.output_dir).glob("checkpoint-*/trainer_state.json")):
+            hint = "To go on from the last checkpoint, add --resume_from_checkpoint true."
+            print(f"\n{hint}", file=sys.stderr)
+        raise
     trainer.save_model(training.output_dir)
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=options.script.dataset_name)
