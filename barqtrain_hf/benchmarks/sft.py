@@ -37,6 +37,8 @@ UNPACKED = (
     *("--per_device_train_batch_size", "{documents}"),
     *("--gradient_accumulation_steps", "{rows}"),
 )
+# It is compiled anew for every length, so rows are padded to one.
+FLEX = ("--attn_implementation", "flex_attention", "--pad_to_multiple_of", "{length}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Row:
         options: beside those that all have.
         packs: whether documents share rows.
         apart: whether they are kept from seeing each other there.
+        turn: when it is run: ours first, so that it is there if time runs out, and last what may take long
+            to say that it cannot be run.
     """
 
     name: str
@@ -56,9 +60,10 @@ class Row:
     options: tuple[str, ...]
     packs: bool = True
     apart: bool = True
+    turn: int = 1
 
 
-OURS = Row("barqtrain sft, packed", "barqtrain", PACKED)
+OURS = Row("barqtrain sft, packed", "barqtrain", PACKED, turn=0)
 BFD = Row("trl sft, packed", "trl", PACKED)
 BFD_ONE = Row("trl sft, packed, row by row", "trl", ONE_BY_ONE)
 WRAPPED = Row(
@@ -78,18 +83,13 @@ TRL = (
         "trl sft, packed, flash_attention_2",
         "trl",
         (*PACKED, "--attn_implementation", "flash_attention_2"),
+        turn=2,
     ),
-    # Which is compiled anew for every length, so rows are padded to one.
     Row(
         f"{BFD_ONE.name}, flex_attention",
         "trl",
-        (
-            *ONE_BY_ONE,
-            "--attn_implementation",
-            "flex_attention",
-            "--pad_to_multiple_of",
-            "{length}",
-        ),
+        (*ONE_BY_ONE, *FLEX),
+        turn=2,
     ),
 )
 # With or without TRL's default, which computes activations again; without is faster, where they fit.
@@ -120,12 +120,11 @@ def run(
         tokens = prepare(folder, MODEL if model is None else model, examples)
         sizes = {"rows": rows, "length": length, "documents": max(1, round(length / tokens))}
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        # Ours first, so that it is there if time runs out.
-        for case, checkpointing, ways in sorted(cases, key=lambda case: case[1]):
-            for way in sorted(ways, key=lambda way: way.command):
-                argv = options(folder, way, checkpointing, sizes, steps)
-                seconds = min(60.0 * _MINUTES, end - time.monotonic())
-                found[case, way.name] = run_apart(way.command, argv, folder, seconds)
+        runs = [(case, checkpointing, way) for case, checkpointing, ways in cases for way in ways]
+        for case, checkpointing, way in sorted(runs, key=lambda run: run[2].turn):
+            argv = options(folder, way, checkpointing, sizes, steps)
+            seconds = min(60.0 * _MINUTES, end - time.monotonic())
+            found[case, way.name] = run_apart(way.command, argv, folder, seconds)
     for case, _, ways in cases:
         for way in ways:
             about = {"packs": way.packs, "apart": way.apart}

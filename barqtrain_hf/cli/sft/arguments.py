@@ -143,7 +143,8 @@ def _check_known(left: Sequence[str]) -> None:
             )
     if not left[0].startswith("-"):
         raise ArgumentError(
-            f"{left[0]!r} belongs to no option; put it in quotes with the value it is part of."
+            f"{left[0]!r} belongs to no option: the one before it takes a single value. Put words that "
+            "are one value in quotes, and several values into the file of --config."
         )
 
 

@@ -62,7 +62,7 @@ MOST_USED = (
     ("assistant_only_loss", "BOOL", "Of a chat, a loss on what the assistant says only."),
     ("eval_strategy", "no|steps|epoch", "When to evaluate, on --dataset_test_split."),
     ("logging_steps", "FLOAT", "Steps between logs. Default: 10."),
-    ("report_to", "NAME ...", "Loggers: wandb, tensorboard, trackio and others. Default: none."),
+    ("report_to", "NAME", "A logger: wandb, tensorboard, trackio and others. Default: none."),
     ("save_strategy", "no|steps|epoch", "When to write checkpoints. Default: steps."),
     ("resume_from_checkpoint", "DIR|true", "Go on from a checkpoint, or from the last one."),
     ("push_to_hub", "BOOL", "Upload the model when it is done."),
@@ -131,10 +131,10 @@ def _value(field: Field[Any], hint: Any) -> str:
     if choices:
         return "|".join(map(str, choices))
     kinds = [kind for kind in _members(hint) if kind is not type(None)]
-    for kind, name in ((bool, "BOOL"), (dict, "JSON"), (int, "INT"), (float, "FLOAT")):
-        if kind in kinds or any(get_origin(each) is kind for each in kinds):
-            return name
-    return "TEXT ..." if any(get_origin(each) is list or each is list for each in kinds) else "TEXT"
+    # In the parser's order: of a type that may be a text, too, it takes one word.
+    names = {bool: "BOOL", dict: "JSON", str: "TEXT", list: "TEXT ...", int: "INT", float: "FLOAT"}
+    kinds = [get_origin(kind) or kind for kind in kinds]
+    return next((name for kind, name in names.items() if kind in kinds), "TEXT")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
