@@ -249,6 +249,7 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
         ("--num_proceses 2", "unknown option --num_proceses; did you mean --num_processes?"),
         ("--qqqq", "unknown option --qqqq; see barqtrain sft --help_all."),
         ("stray", "'stray' belongs to no option"),
+        ("--num_processes 2 stray", "'stray' belongs to no option"),
         (
             "--learning_rate x",
             "argument --learning_rate/--learning-rate: invalid float value: 'x'.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -130,13 +130,13 @@ def _check_known(left: Sequence[str]) -> None:
     """
     if not left:
         return
-    of_accelerate = accelerate_options()
-    known = [*(f"--{name}" for name in option_names()), *of_accelerate]
+    known = [*(f"--{name}" for name in option_names()), *accelerate_options()]
+    spellings = {_with_underscores(name) for name in known}
     for argument in left:
         name = argument.partition("=")[0]
-        if name.startswith("-") and name.replace("-", "_") not in _spellings(of_accelerate):
-            near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
-            near = near or difflib.get_close_matches(name, known, 1)
+        spelling = _with_underscores(name)
+        if name.startswith("-") and spelling not in spellings:
+            near = difflib.get_close_matches(spelling, sorted(spellings), 1)
             raise ArgumentError(
                 f"unknown option {name}; "
                 + (f"did you mean {near[0]}?" if near else "see barqtrain sft --help_all.")
@@ -156,5 +156,6 @@ def accelerate_options() -> list[str]:
     return [_ACCELERATE_CONFIG, *(name for action in actions for name in action.option_strings)]
 
 
-def _spellings(names: Iterable[str]) -> set[str]:
-    return {name.replace("-", "_") for name in names}
+def _with_underscores(option: str) -> str:
+    name = option.lstrip("-")
+    return option[: len(option) - len(name)] + name.replace("-", "_")

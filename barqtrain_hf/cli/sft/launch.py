@@ -13,6 +13,7 @@ from barqtrain_hf.errors import ArgumentError
 
 # Set in the processes that were launched, which train.
 _LAUNCHED = "BARQTRAIN_LAUNCHED"
+_MODULE = "barqtrain_hf.cli"
 
 
 def is_wanted(left: Left, use_cpu: bool) -> bool:
@@ -30,7 +31,7 @@ def launch(argv: Sequence[str], left: Left) -> int:
         left: what of it, and of its ``--config``, is for ``accelerate launch``.
 
     Raises:
-        ArgumentError: there is no such ``--accelerate_config``.
+        ArgumentError: there is no such ``--accelerate_config``, or a word is no option's.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -41,9 +42,9 @@ def launch(argv: Sequence[str], left: Left) -> int:
     except ValueError as error:
         raise ArgumentError(one_line(error)) from None
     ours = without(argv, left.of_line)
-    arguments = launch_command_parser().parse_args(
-        [*options, "--module", "barqtrain_hf.cli", "sft", *ours]
-    )
+    arguments = launch_command_parser().parse_args([*options, "--module", _MODULE, "sft", *ours])
+    if arguments.training_script != _MODULE:
+        raise ArgumentError(f"{arguments.training_script!r} belongs to no option.")
     os.environ[_LAUNCHED] = "1"  # inherited
     try:
         launch_command(arguments)
