@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("trl")
 pytest.importorskip("peft")
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 
-from barqtrain_hf.benchmarks import sft
-from barqtrain_hf.benchmarks.harness import Report
-from barqtrain_hf.benchmarks.sft_run import run
-from barqtrain_hf.benchmarks.training_tables import sft_table
+from barqtrain_hf.benchmarks import sft  # noqa: E402
+from barqtrain_hf.benchmarks.harness import Report  # noqa: E402
+from barqtrain_hf.benchmarks.sft_run import run  # noqa: E402
+from barqtrain_hf.benchmarks.training_tables import sft_table  # noqa: E402
 
 MODEL = {
     **sft.MODEL,
@@ -35,7 +35,7 @@ def test_both_commands_train_the_same(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     tokens = sft.prepare(tmp_path, MODEL, 320)
     assert 10 < tokens < 100
     sizes = {"rows": 2, "length": 128, "documents": 3}
