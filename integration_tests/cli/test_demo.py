@@ -17,6 +17,7 @@ from barqtrain_hf.cli.demo import run
 from barqtrain_hf.cli.demo.callbacks import Bar
 from barqtrain_hf.cli.demo.scale import CPU, build_model
 from barqtrain_hf.cli.demo.tokenizer import IGNORE_INDEX
+from barqtrain_hf.cli.demo.training import training_arguments
 from barqtrain_hf.cli.demo.workload import from_own_data, from_tasks
 
 TINY = replace(CPU, hidden_size=32, intermediate_size=64, examples=320, own_bytes=20_000)
@@ -112,6 +113,20 @@ def test_both_runs_start_from_the_same_weights() -> None:
     tokenizer = from_tasks(0, TINY).tokenizer
     first, second = (build_model(TINY, tokenizer, 7).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("in_hardware", [True, False])
+def test_precision_is_one_that_the_gpu_has(
+    in_hardware: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or in_hardware,
+    )
+    chosen = training_arguments(from_tasks(0, TINY), tmp_path, seed=0, device="auto", max_steps=-1)
+    assert (chosen["bf16"], chosen["fp16"]) == (in_hardware, not in_hardware)
 
 
 @pytest.fixture(scope="module")

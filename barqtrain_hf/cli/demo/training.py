@@ -66,7 +66,8 @@ def training_arguments(
 ) -> dict[str, Any]:
     """What both runs have in common; batch size and logging are still to come."""
     gpu = uses_gpu(device)
-    bf16 = gpu and torch.cuda.is_bf16_supported()
+    # Before Ampere bf16 is emulated, which torch counts as supported by default.
+    bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return {
         "output_dir": str(folder),
         "num_train_epochs": workload.plan.epochs,
