@@ -153,11 +153,14 @@ class _Watch:
     def __reduce__(self) -> Any:
         return _Watch, ()
 
+    # A compiler that traced them would make one event at all, and compile again for every count.
+    @torch.compiler.disable
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Not in an evaluation, nor for a reference that shares its weights.
         if self._callback is not None and model.training and torch.is_grad_enabled():
             self._callback.add(kwargs)
 
+    @torch.compiler.disable
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         callback = self._callback
         if callback is None or not callback.on_gpu or not model.training:

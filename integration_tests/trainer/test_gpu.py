@@ -74,6 +74,8 @@ def test_families(family: str, regime: str, launches: list[str], tmp_path: Path)
         **{"use_cpu": False, **options},
     )
     expected = {**LEAF_OPS[family], "attention": 2}
+    if family == "gemma2" and trainer.model._supports_sdpa:
+        del expected["attention"]  # in some releases sdpa leaves the softcap out, unsaid
     assert counts(trainer.barq_report) == expected, str(trainer.barq_report)
     for op in LEAF_OPS[family]:
         assert set(launches) >= KERNELS[op], op

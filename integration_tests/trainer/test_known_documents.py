@@ -162,4 +162,4 @@ def test_a_step_does_not_wait_for_the_device(data: str, tmp_path: Path) -> None:
         trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert "attention" in trainer.barq_report.installed
+    assert "attention" in trainer.barq_report.installed, str(trainer.barq_report)
