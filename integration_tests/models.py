@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3Text", {"layer_types": ["sliding_attention", "full_attention"]}),
     "phi3": ("Phi3", {}),
     "olmo2": ("Olmo2", {}),
-    "granite": ("Granite", {"logits_scaling": 8.0}),
+    "granite": ("Granite", {"logits_scaling": 8.0, "attention_multiplier": 0.25}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
     # One layer with rotary embedding, one without.
     "cohere2": (

@@ -55,6 +55,7 @@ class _Patches:
             register_attention()
 
 
+@probe.full_precision()
 def patch_model(
     model: nn.Module,
     config: BarqConfig | dict[str, Any] | str | None = None,

@@ -121,6 +121,31 @@ def training(module: nn.Module, mode: bool = True) -> Iterator[None]:
             inner.training = was
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of fp32 in fp32 while the context lasts, though the user may train in TF32.
+
+    Otherwise stock itself is further from fp64 than rounding in fp32 explains, and tells nothing.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):  # before torch 2.9
+        before = matmul.allow_tf32
+        matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
+        return
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = "none"  # what is set for all backends
+        if matmul.fp32_precision != precision:
+            matmul.fp32_precision = precision
+
+
 class Mismatch(Exception):
     """A probe's way of saying that a module is not what an op computes, and why."""
 

@@ -167,6 +167,7 @@ class _WithoutGradient(torch.autograd.Function):
         return None, None
 
 
+@probe.full_precision()
 def _probe(model: nn.Module, ours: Any, theirs: Any) -> str | None:
     """Both heads on given hidden states: the same numbers for every field, and the same gradient."""
     leaf = head.leaves(model)[0]

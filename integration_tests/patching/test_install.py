@@ -21,7 +21,7 @@ from side_by_side import (
 from torch import nn
 
 from barqtrain_hf import BarqConfig, patch_model, unpatch_model
-from barqtrain_hf.patching import FusedLoss, head_unsupported
+from barqtrain_hf.patching import FusedLoss, head_unsupported, probe
 
 IDS = torch.arange(3, 23)[None]
 
@@ -193,6 +193,36 @@ def test_signature_is_the_stock_one() -> None:
     stock = inspect.signature(model.forward)
     patch_model(model)
     assert inspect.signature(model.forward) == stock
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('high')",
+        "pass",
+    ],
+)
+def test_probes_work_in_full_precision(setting: str) -> None:
+    """Stock in TF32 is too far from fp64 to be compared with."""
+
+    def precision() -> str:
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+    legacy, inside = "allow" in setting or "set_" in setting, []
+    try:
+        exec(setting)
+        before = precision()
+        probe.full_precision()(lambda: inside.append(precision()))()
+        assert inside == ["ieee"] and precision() == before
+        if legacy:  # torch refuses to say if the two ways do not agree
+            assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        if legacy:
+            torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
 
 
 def test_report_of_nothing() -> None:
