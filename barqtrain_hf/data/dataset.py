@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, Protocol, SupportsIndex, get_args
@@ -17,6 +18,7 @@ from barqtrain_hf.data.batch import PackedBatch, packed_batch
 from barqtrain_hf.data.files import DataFiles
 from barqtrain_hf.data.fit import fit_documents
 from barqtrain_hf.data.packing import non_negative_int, plan_epoch, positive_int
+from barqtrain_hf.data.progress import progress
 from barqtrain_hf.data.rows import ROW_KEYS, Row, Tokens, join, read_row, stored
 from barqtrain_hf.data.source import open_dataset
 from barqtrain_hf.data.store import TokenStore
@@ -84,6 +86,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         overflow: Overflow = "error",
         seed: int = 0,
     ) -> None:
+        started = time.perf_counter()
         self.max_length = positive_int("max_length", max_length)
         if overflow not in get_args(Overflow):
             raise ArgumentError(
@@ -118,7 +121,12 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self.fill = self.num_tokens / (len(self) * self.max_length)
 
         lost = self.split_documents or self.truncated_tokens or self.dropped_documents
-        logger.log(logging.WARNING if lost else logging.INFO, "%s", self.summary())
+        logger.log(
+            logging.WARNING if lost else logging.INFO,
+            "%s It took %.1f s.",
+            self.summary(),
+            time.perf_counter() - started,
+        )
 
     def repack(self, epoch: int) -> None:
         """Packs anew for ``epoch``: other documents share a row, in another order.
@@ -257,22 +265,26 @@ def _read_tokens(dataset: Any) -> Tokens:
     by_column = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"
     arrow = dataset.with_format("arrow") if by_column else None
     chunks = []
-    for first in range(0, num_rows, _ROWS_PER_READ):
-        indices = range(first, min(first + _ROWS_PER_READ, num_rows))
-        chunk = (
-            _read_rows(dataset, indices)
-            if arrow is None
-            else _read_columns(dataset, arrow, indices)
-        )
-        chunks.append(stored(chunk, "dataset"))
+    with progress("Reading tokens", "rows", num_rows) as bar:
+        for first in range(0, num_rows, _ROWS_PER_READ):
+            indices = range(first, min(first + _ROWS_PER_READ, num_rows))
+            chunk = (
+                _read_rows(dataset, indices)
+                if arrow is None
+                else _read_columns(dataset, arrow, indices)
+            )
+            chunks.append(stored(chunk, "dataset"))
+            bar.update(len(indices))
     return Tokens(*map(np.concatenate, zip(*chunks, strict=True)))
 
 
 def _read_files(files: DataFiles) -> Tokens:
     chunks, rows = [], iter(files.only(ROW_KEYS))
-    while found := list(islice(rows, _ROWS_PER_READ)):
-        chunk = join([read_row(row, "dataset", index) for index, row in enumerate(found)])
-        chunks.append(stored(chunk, "dataset"))
+    with progress("Reading tokens", "rows") as bar:
+        while found := list(islice(rows, _ROWS_PER_READ)):
+            chunk = join([read_row(row, "dataset", index) for index, row in enumerate(found)])
+            chunks.append(stored(chunk, "dataset"))
+            bar.update(len(found))
     if not chunks:
         raise DataError(f"{files!r} has no rows: pass files with at least one document.")
     return Tokens(*map(np.concatenate, zip(*chunks, strict=True)))

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from barqtrain_hf.data.formats import Place, Rows, read_json_lines, read_parquet, read_text, reading
 from barqtrain_hf.data.packing import num_threads
+from barqtrain_hf.data.progress import progress
 from barqtrain_hf.data.rows import FileRow
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
@@ -173,14 +174,17 @@ class DataFiles:
         """
         self._identities = list(map(_identity, self.paths))
         digest = hashlib.sha256(self._sample_by.encode())
-        chunks: list[tuple[str, int]] = []
+        chunks: list[_Chunk] = []
         for path, format in zip(self.paths, self._formats, strict=True):
             size = _stat(path).st_size
             digest.update(f"{format} {size}\n".encode())
-            chunks += [(path, at) for at in range(0, size, _CHUNK)]
-        with ThreadPoolExecutor(num_threads()) as pool:
-            for part in pool.map(_digest, chunks):
+            chunks += [_Chunk(path, at, min(_CHUNK, size - at)) for at in range(0, size, _CHUNK)]
+        total = sum(chunk.size for chunk in chunks)
+        bytes_ = progress("Hashing files", "B", total, unit_scale=True)
+        with bytes_ as bar, ThreadPoolExecutor(num_threads()) as pool:
+            for chunk, part in zip(chunks, pool.map(_digest, chunks), strict=True):
                 digest.update(part)
+                bar.update(chunk.size)
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
@@ -279,8 +283,13 @@ def _sample(path: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _digest(chunk: tuple[str, int]) -> bytes:
-    path, at = chunk
-    with reading(path), open(path, "rb") as file:
-        file.seek(at)
-        return hashlib.sha256(file.read(_CHUNK)).digest()
+class _Chunk(NamedTuple):
+    path: str
+    at: int
+    size: int
+
+
+def _digest(chunk: _Chunk) -> bytes:
+    with reading(chunk.path), open(chunk.path, "rb") as file:
+        file.seek(chunk.at)
+        return hashlib.sha256(file.read(chunk.size)).digest()

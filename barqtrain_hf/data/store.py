@@ -16,6 +16,7 @@ import numpy.typing as npt
 from barqtrain_hf import _rust
 from barqtrain_hf.data.examples import Example, Schema, encode_examples
 from barqtrain_hf.data.files import DataFiles
+from barqtrain_hf.data.progress import progress
 from barqtrain_hf.data.source import open_dataset
 from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.errors import ArgumentTypeError, DataError, StorageError
@@ -200,9 +201,10 @@ def tokenize(
             store, seen = _find(path, key, seen)  # its last writer may have finished since
             if store is None:
                 _write(writer, dataset, reading)
-                store = TokenStore(path, key)
+                return TokenStore(path, key)
         finally:
             writer.abandon()
+    logger.info("%s has the tokens of these %s documents already.", path, f"{len(store):,}")
     return store
 
 
@@ -285,47 +287,54 @@ def _begin(path: Path) -> bytes:
 
 
 def _write(writer: _rust.StoreWriter, dataset: Any, reading: _Reading) -> None:
-    started, tokens, done = time.perf_counter(), 0, 0
+    started, tokens, done, blank = time.perf_counter(), 0, 0, 0
     try:
-        for examples in _batches(dataset, reading):
+        for examples in _batches(dataset, reading, "Tokenising"):
             ids, lengths = encode_examples(reading.tokenizer, examples, done)
             writer.push(ids, lengths)
             tokens, done = tokens + len(ids), done + len(examples)
+            blank += sum(not example.text for example in examples)
         if isinstance(dataset, DataFiles):
             dataset.check_unchanged()
         writer.finish()
     except OSError as error:
         raise StorageError(str(error)) from None
-    seconds = time.perf_counter() - started
     logger.info(
-        "Tokenised %s documents (%s tokens) in %.1f s.", f"{done:,}", f"{tokens:,}", seconds
+        "Tokenised %s documents (%s tokens) in %.1f s%s.",
+        f"{done:,}",
+        f"{tokens:,}",
+        time.perf_counter() - started,
+        f"; {blank:,} of them have no text" if blank else "",
     )
 
 
-def _batches(dataset: Any, reading: _Reading) -> Iterator[list[Example]]:
+def _batches(dataset: Any, reading: _Reading, doing: str) -> Iterator[list[Example]]:
     """All examples, about `_BYTES_PER_CALL` at a time."""
     schema = reading.schema()
     examples: list[Example] = []
     size = done = 0
     rows = len(dataset) if hasattr(dataset, "__len__") else None
-    for row in _rows(dataset, schema):
-        example = schema.read(row, done)
-        examples.append(example)
-        size += example.size
-        done += 1
-        if size >= _BYTES_PER_CALL:
+    with progress(doing, "documents", rows) as bar:
+        for row in _rows(dataset, schema):
+            example = schema.read(row, done)
+            examples.append(example)
+            size += example.size
+            done += 1
+            if size >= _BYTES_PER_CALL:
+                yield examples
+                bar.update(len(examples))
+                examples, size = [], 0
+        # A store that looks whole but is not would be taken from now on.
+        if rows is not None and done != rows:
+            raise DataError(
+                f"dataset gave {done} rows and its length is {rows}: __len__ and __getitem__ must agree, "
+                "and nothing may change it meanwhile."
+            )
+        if not done:
+            raise DataError(f"{dataset!r} has no documents: pass files with at least one.")
+        if examples:
             yield examples
-            examples, size = [], 0
-    # A store that looks whole but is not would be taken from now on.
-    if rows is not None and done != rows:
-        raise DataError(
-            f"dataset gave {done} rows and its length is {rows}: __len__ and __getitem__ must agree, "
-            "and nothing may change it meanwhile."
-        )
-    if not done:
-        raise DataError(f"{dataset!r} has no documents: pass files with at least one.")
-    if examples:
-        yield examples
+            bar.update(len(examples))
 
 
 def _rows(dataset: Any, schema: Schema) -> Iterator[Any]:
@@ -385,7 +394,7 @@ def _key(dataset: Any, reading: _Reading) -> bytes:
         add(fingerprint)
         add(reading.text_column or "text")
         return digest.digest()
-    for examples in _batches(dataset, reading):
+    for examples in _batches(dataset, reading, "Reading"):
         for example in examples:
             for part in (example.text, example.prompt, example.rendered):
                 add(part)

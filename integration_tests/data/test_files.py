@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import logging
 import os
 import pathlib
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -414,3 +416,15 @@ def test_without_pyarrow_parquet_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(RuntimeError, match=r"a Parquet file, and pyarrow is not.*\[parquet\]"):
         list(DataFiles(path))
+
+
+def test_what_was_done_is_logged(tmp_path, tokenizer, caplog):
+    path = write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"text": ""}])
+    with caplog.at_level(logging.INFO, logger="barqtrain_hf.data.store"):
+        store = tokenize(path, tokenizer, tmp_path / "tokens")
+        tokenize(path, tokenizer, tmp_path / "tokens")
+    tokens = f"{len(store.input_ids):,}"
+    assert [re.sub(r"in \d+\.\d s", "in seconds", line) for line in caplog.messages] == [
+        f"Tokenised 11 documents ({tokens} tokens) in seconds; 1 of them have no text.",
+        f"{tmp_path / 'tokens'} has the tokens of these 11 documents already.",
+    ]
