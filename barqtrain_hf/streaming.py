@@ -22,7 +22,7 @@ from transformers import (
 from barqtrain_hf.checkpoints import read_stream_state, write_stream_state
 from barqtrain_hf.data import PackedStream
 from barqtrain_hf.data.batch import PackedBatch
-from barqtrain_hf.data.stream import Place
+from barqtrain_hf.data.window import Place
 from barqtrain_hf.errors import ArgumentError, UnsupportedError
 
 logger = logging.getLogger(__name__)
@@ -118,10 +118,13 @@ class StreamTraining(TrainerCallback):
         self._skips, args.ignore_data_skip = args.ignore_data_skip, True
 
     def end(self, args: TrainingArguments) -> None:
-        """Stops the threads; also after training that ended in an exception."""
+        """Stops the threads, and logs what was trained on; also after training that ended in an exception."""
         self._restore(args)
         if self._loader is not None:
             self._loader.close()
+            if self._loader.trained is not self._begin:
+                # Within an epoch; the end of one was logged when it came.
+                self._stream.log(self._loader.trained)
 
     def loader(self, trainer: Trainer) -> StreamLoader:
         """The batches of this rank, from where training begins."""

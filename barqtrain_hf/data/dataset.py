@@ -22,6 +22,7 @@ from barqtrain_hf.data.progress import progress
 from barqtrain_hf.data.rows import ROW_KEYS, Row, Tokens, join, read_row, stored
 from barqtrain_hf.data.source import open_dataset
 from barqtrain_hf.data.store import TokenStore
+from barqtrain_hf.data.summary import Packed, summary_of
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
 logger = logging.getLogger(__name__)
@@ -144,18 +145,15 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def summary(self) -> str:
         """One line: what was packed, how full the rows are, and what was lost."""
-        line = (
-            f"Packed {self.num_documents:,} documents ({self.num_tokens:,} tokens) into "
-            f"{len(self):,} rows of {self.max_length:,}, {self.fill:.2%} full"
+        losses = (
+            self.num_documents,
+            self.split_documents,
+            self.truncated_tokens,
+            self.dropped_documents,
+            self.dropped_tokens,
         )
-        losses = [
-            f"{self.split_documents:,} documents split" if self.split_documents else "",
-            f"{self.truncated_tokens:,} tokens truncated" if self.truncated_tokens else "",
-            f"{self.dropped_documents:,} documents ({self.dropped_tokens:,} tokens) dropped"
-            if self.dropped_documents or self.dropped_tokens
-            else "",
-        ]
-        return "; ".join([line, *filter(None, losses)]) + "."
+        packed = Packed(self.num_documents, len(self), self.num_tokens)
+        return summary_of(packed, self.max_length, losses)
 
     def __len__(self) -> int:
         return len(self._offsets) - 1

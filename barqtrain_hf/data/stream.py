@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -18,9 +19,11 @@ from barqtrain_hf.data.prefetch import Prefetcher
 from barqtrain_hf.data.ranks import find_rank
 from barqtrain_hf.data.readers import TextReader, TokenReader
 from barqtrain_hf.data.source import Source
+from barqtrain_hf.data.summary import losses_of, summary_of
 from barqtrain_hf.data.tokenizer import FastTokenizer
 from barqtrain_hf.data.window import (
     Packing,
+    Place,
     Reader,
     Window,
     WindowRow,
@@ -31,7 +34,7 @@ from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, Uns
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 # Tokens at which attention costs as much as what is linear in them: six times a hidden size of 4096.
 _LINEAR_COST = 24_576
 _LOSSES = (
@@ -41,7 +44,7 @@ _LOSSES = (
     "dropped_documents",
     "dropped_tokens",
 )
-_NO_LOSSES = (0,) * len(_LOSSES)
+_NO_LOSSES = (0, 0, 0, 0, 0)
 
 
 class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
@@ -147,6 +150,7 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
         }
         self._next = self._start = Place(0)
         self._losses, self._left_out, self._warned = _NO_LOSSES, 0, False
+        self._began = self._waited = 0.0
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration begins this epoch; without a call it is the one after the last.
@@ -213,6 +217,8 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
         source = copy.copy(self._source)  # the thread of an iteration that was given up has its own
         source.seek(None if place.window is None else place.window.place, epoch)
         self._losses, self._left_out = _NO_LOSSES, 0
+        self._began, self._waited = time.perf_counter(), 0.0
+        asked = self._began
         rows: list[WindowRow] = []
         with Prefetcher(self._windows(source, place.window, packing)) as prefetcher:
             windows = iter(prefetcher)
@@ -224,13 +230,17 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
                     rows.append(WindowRow(window, number))
                     if len(rows) == self.batch_size * self.world_size:
                         # Before the place is set: it may raise, and then the batch is not handed out.
-                        if self._rows_after(number, ahead, windows) < self.world_size:
-                            # Nothing follows: to resume here is to begin the next epoch.
-                            self._next = self._start = Place(epoch + 1)
-                        else:
-                            self._next = Place(epoch, window, number + 1)
-                        yield self._batch(rows)
-                        rows = []
+                        left = self._rows_after(number, ahead, windows)
+                        self._next = Place(epoch, window, number + 1)
+                        batch = self._batch(rows)
+                        self._waited += time.perf_counter() - asked
+                        if left < self.world_size:
+                            # To resume here is to begin the next epoch.
+                            self._end_epoch(ahead[-1], left)
+                            yield batch
+                            return
+                        yield batch
+                        asked, rows = time.perf_counter(), []
                 start = 0
                 ahead.pop(0)
                 if not ahead and not window.last:
@@ -240,9 +250,8 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
                 "dataset has no documents with tokens to train on, or is an iterator that was read before: "
                 "pass an object whose __iter__ starts again."
             )
-        self._next = self._start = Place(epoch + 1)
-        self._left_out = len(rows) if len(rows) < self.world_size else 0
-        self._log(window)
+        self._waited += time.perf_counter() - asked
+        self._end_epoch(window, len(rows) if len(rows) < self.world_size else 0)
         if rows and not self._left_out:
             yield join_rows(rows[self.rank :: self.world_size])
 
@@ -278,19 +287,33 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
         if any(window.losses[1:]) and not self._warned:
             self._warned = True
             logger.warning(
-                "The first %s; `losses` of the stream counts on.", _describe(window.losses)
+                "Of the first %s documents: %s. `losses` of the stream counts on.",
+                f"{sum(window.losses[::3]):,}",
+                "; ".join(losses_of(window.losses)),
             )
 
-    def _log(self, window: Window) -> None:
+    def _end_epoch(self, last: Window, left_out: int) -> None:
+        epoch = last.packing.epoch
+        self._next = self._start = Place(epoch + 1)
+        self._losses, self._left_out = last.losses, left_out
+        self.log(Place(epoch, last, last.num_rows))
+
+    def log(self, place: Place) -> None:
+        """Logs what was packed of an epoch up to a place in it; at its beginning nothing."""
+        epoch, window, row = place
+        if window is None:
+            return
         lost = any(window.losses[1:]) or self._left_out
         logger.log(
             logging.WARNING if lost else logging.INFO,
-            "Epoch %d: %s.%s",
-            window.packing.epoch,
-            _describe(window.losses),
+            "Epoch %d: %s%s It took %.1f s, of which %.1f s were spent waiting for rows.",
+            epoch,
+            summary_of(window.packed(row), self.max_length, window.losses),
             f" The last {self._left_out} rows are fewer than the {self.world_size} ranks and are left out."
             if self._left_out
             else "",
+            time.perf_counter() - self._began,
+            self._waited,
         )
 
     @property
@@ -374,6 +397,8 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
                 fix = (
                     "dataset is shuffled in another order; pass the same seed to its shuffle()."
                     if key == "shuffling"
+                    else "it was saved by another release of barqtrain_hf; resume with that."
+                    if key == "version"
                     else "resume with the arguments the stream was made with."
                 )
                 raise ArgumentError(
@@ -386,18 +411,3 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
                 self._source.fingerprint,
                 state["fingerprint"],
             )
-
-
-def _describe(losses: tuple[int, ...]) -> str:
-    return (
-        "{:,} documents packed; {:,} of them split, {:,} tokens truncated, {:,} documents ({:,} tokens) "
-        "dropped".format(*losses)
-    )
-
-
-class Place(NamedTuple):
-    """The next row to hand out; without a window, the first of the epoch."""
-
-    epoch: int
-    window: Window | None = None
-    row: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,9 +14,10 @@ import torch
 
 from barqtrain_hf import _rust
 from barqtrain_hf.data.batch import PackedBatch, packed_batch
-from barqtrain_hf.data.fit import fit_documents
+from barqtrain_hf.data.fit import Counts, fit_documents
 from barqtrain_hf.data.rows import Tokens
 from barqtrain_hf.data.source import Source
+from barqtrain_hf.data.summary import Packed
 from barqtrain_hf.errors import DataError
 
 
@@ -68,7 +69,9 @@ class Window:
     labels: npt.NDArray[np.int32]  # [T]
     lengths: npt.NDArray[np.int64]  # [pieces of documents], end to end
     waited: npt.NDArray[np.uint8]  # [pieces], windows each has waited for company
-    losses: tuple[int, ...]  # of the stream so far, as fit_documents counts them
+    begins: npt.NDArray[np.uint8]  # [pieces], 0 where one goes on with the document before
+    losses: Counts  # of the stream so far, as fit_documents counts them
+    before: Packed  # in the windows before
     place: dict[str, Any]
     last: bool
     packing: Packing
@@ -90,6 +93,16 @@ class Window:
     def num_rows(self) -> int:
         return len(self.plan[1]) - 1
 
+    def packed(self, rows: int) -> Packed:
+        """What is in the windows before and in the first ``rows`` rows of this one."""
+        order, offsets, _ = self.plan
+        pieces = order[: offsets[rows]]
+        documents, tokens = self.begins[pieces].sum(), self.lengths[pieces].sum()
+        before = self.before
+        return Packed(
+            before.documents + int(documents), before.rows + rows, before.tokens + int(tokens)
+        )
+
     def lengths_of(self, row: int) -> list[int]:
         """Tokens of each document of a row."""
         order, offsets, _ = self.plan
@@ -110,7 +123,9 @@ class Window:
             "labels": torch.from_numpy(self.labels.copy()),
             "lengths": torch.from_numpy(self.lengths.copy()),
             "waited": torch.from_numpy(self.waited.copy()),
+            "begins": torch.from_numpy(self.begins.copy()),
             "losses": list(self.losses),
+            "before": list(self.before),
             "place": self.place,
             "last": self.last,
         }
@@ -134,7 +149,8 @@ class Window:
             }
             window = cls(
                 number=operator.index(state["number"]),
-                losses=tuple(map(operator.index, state["losses"])),
+                losses=_five(map(operator.index, state["losses"])),
+                before=Packed(*map(operator.index, state["before"])),
                 place=place,
                 last=bool(state["last"]),
                 packing=packing,
@@ -149,16 +165,24 @@ class Window:
         if (
             {array.ndim for array in arrays.values()} != {1}
             or len(window.waited) != pieces
+            or len(window.begins) != pieces
             or len(window.labels) != tokens
             or window.lengths.sum() != tokens
             or not ((window.lengths >= 1) & (window.lengths <= packing.max_length)).all()
-            or len(window.losses) != 5
         ):
             raise DataError(
                 f"The window in state has {pieces} documents and {tokens} tokens that do not go together: "
                 "the state is damaged; pass an older one."
             )
         return window
+
+
+class Place(NamedTuple):
+    """The next row to hand out; without a window, the first of the epoch."""
+
+    epoch: int
+    window: Window | None = None
+    row: int = 0
 
 
 class WindowRow(NamedTuple):
@@ -197,6 +221,7 @@ def next_window(before: Window | None, source: Source, reader: Reader, packing: 
         DataError: a row is malformed, or too long and ``overflow`` is ``"error"``.
     """
     number = 0 if before is None else before.number + 1
+    packed = Packed(0, 0, 0) if before is None else before.packed(before.num_rows)
     parts, losses = _carried(before)
     wanted, tokens, last = min(_DOCUMENTS, _FIRST_DOCUMENTS << min(number, 16)), 0, False
     while wanted and tokens < _TOKENS and not last:
@@ -209,10 +234,10 @@ def next_window(before: Window | None, source: Source, reader: Reader, packing: 
             overflow = packing.overflow or reader.overflow
             part, counts = _fit(found, packing.max_length, overflow, first)
             parts.append(part)
-            losses = tuple(map(sum, zip(losses, counts, strict=True)))
-    input_ids, labels, lengths, waited = map(np.concatenate, zip(*parts, strict=True))
+            losses = _five(map(sum, zip(losses, counts, strict=True)))
+    arrays = _Part(*map(np.concatenate, zip(*parts, strict=True)))
     place = source.place
-    return Window(number, input_ids, labels, lengths, waited, losses, place, last, packing)
+    return Window(number, *arrays, losses, packed, place, last, packing)
 
 
 def _read_examples(source: Source, reader: Reader, most: int) -> list[Any]:
@@ -230,28 +255,38 @@ def _read_examples(source: Source, reader: Reader, most: int) -> list[Any]:
     return examples
 
 
-_ARRAYS = {"input_ids": np.int32, "labels": np.int32, "lengths": np.int64, "waited": np.uint8}
+_ARRAYS = {
+    "input_ids": np.int32,
+    "labels": np.int32,
+    "lengths": np.int64,
+    "waited": np.uint8,
+    "begins": np.uint8,
+}
 
-_Part = tuple[
-    npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.uint8]
-]
+
+class _Part(NamedTuple):
+    """Those arrays of some documents."""
+
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+    waited: npt.NDArray[np.uint8]
+    begins: npt.NDArray[np.uint8]
 
 
-def _carried(before: Window | None) -> tuple[list[_Part], tuple[int, ...]]:
+def _carried(before: Window | None) -> tuple[list[_Part], Counts]:
     """What waits from the window before, and the losses until then."""
     if before is None:
-        empty = np.empty(0, np.int32)
-        return [(empty, empty, np.empty(0, np.int64), np.empty(0, np.uint8))], (0,) * 5
+        return [_Part(*(np.empty(0, dtype) for dtype in _ARRAYS.values()))], (0,) * 5
     carried = before.plan[2]
     lengths = before.lengths[carried]
     at = _indices(before.starts[carried], lengths)
     waited = before.waited[carried] + np.uint8(1)
-    return [(before.input_ids[at], before.labels[at], lengths, waited)], before.losses
+    ids, labels, begins = before.input_ids[at], before.labels[at], before.begins[carried]
+    return [_Part(ids, labels, lengths, waited, begins)], before.losses
 
 
-def _fit(
-    found: Tokens, max_length: int, overflow: str, first: int
-) -> tuple[_Part, tuple[int, ...]]:
+def _fit(found: Tokens, max_length: int, overflow: str, first: int) -> tuple[_Part, Counts]:
     try:
         starts, lengths, losses = fit_documents(*found, max_length, overflow)
     except ValueError as error:
@@ -260,7 +295,15 @@ def _fit(
         ) from None
     at = _indices(starts, lengths)
     waited = np.zeros(len(lengths), np.uint8)
-    return (found.input_ids[at], found.labels[at], lengths, waited), losses
+    # Of a document whose first piece bears no loss, another is the first.
+    document = np.searchsorted(np.cumsum(found.lengths), starts, side="right")
+    begins = (np.diff(document, prepend=-1) > 0).astype(np.uint8)
+    return _Part(found.input_ids[at], found.labels[at], lengths, waited, begins), losses
+
+
+def _five(numbers: Iterable[int]) -> Counts:
+    kept, split, truncated, dropped, tokens = numbers
+    return kept, split, truncated, dropped, tokens
 
 
 def _indices(

@@ -218,9 +218,9 @@ def test_reads_no_further_ahead_than_three_windows():
 def test_long_documents_are_counted(caplog):
     docs = documents([10, 300, 70, 0])
     for overflow, words in (
-        ("split", "2 of them split, 0 tokens truncated, 1 documents (0 tokens) dropped"),
-        ("truncate", "0 of them split, 242 tokens truncated"),
-        ("drop", "3 documents (370 tokens) dropped"),
+        ("split", "full; 2 documents split; 1 documents (0 tokens) dropped. It took"),
+        ("truncate", "full; 242 tokens truncated; 1 documents (0 tokens) dropped. It took"),
+        ("drop", "full; 3 documents (370 tokens) dropped. It took"),
     ):
         with caplog.at_level(logging.WARNING, logger="barqtrain_hf.data.stream"):
             caplog.clear()

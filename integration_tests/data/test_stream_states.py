@@ -2,13 +2,14 @@
 
 import itertools
 import logging
+import re
 import types
 from collections import Counter
 
 import pytest
 import torch
 from small_tokenizers import small_tokenizer
-from streams import documents, expected, parts, random_documents, same, small_windows
+from streams import document, documents, expected, parts, random_documents, same, small_windows
 
 from barqtrain_hf.data import PackedDataset, PackedStream, tokenize
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
@@ -73,6 +74,9 @@ def test_another_fingerprint_is_warned_of(caplog):
         (lambda state: {**state, "window": {}}, r"not what state_dict\(\) returned \(KeyError"),
         (lambda state: _in_window(state, labels=torch.ones(3)), "that do not go together"),
         (lambda state: _in_window(state, lengths=None), "AttributeError"),
+        (lambda state: _in_window(state, begins=torch.ones(3)), "that do not go together"),
+        (lambda state: _in_window(state, losses=[1]), "ValueError"),
+        (lambda state: _in_window(state, before=[1]), "TypeError"),
         (
             lambda state: _in_window(state, place={"rows": 101, "state": None}),
             "ends at row 101 of 100",
@@ -133,8 +137,43 @@ def test_losses_are_counted_while_they_happen(monkeypatch, caplog):
     assert stream.losses["truncated_tokens"] == 236
     assert 200 <= stream.losses["num_documents"] < 400
     (record,) = caplog.records
-    assert "8 documents packed; 0 of them split, 236 tokens truncated" in record.getMessage()
+    assert "Of the first 8 documents: 236 tokens truncated." in record.getMessage()
     iterator.close()
+
+
+def logged(caplog):
+    """What a stream logged, without the seconds."""
+    return [re.sub(r"\d+\.\d s", "T s", message) for message in caplog.messages]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_every_epoch_ends_with_a_line_about_it(monkeypatch, caplog, batch_size):
+    """In the words of PackedDataset, and the same after the epoch was resumed in its middle."""
+    small_windows(monkeypatch)
+    docs = [*random_documents(150, 90), document(0)]
+    options = {"overflow": "split", "batch_size": batch_size}
+    stream, states, tokens = PackedStream(docs, 64, **options), [], 0
+    rows = len(list(PackedStream(docs, 64, overflow="split")))
+    with caplog.at_level(logging.INFO, logger="barqtrain_hf.data.stream"):
+        caplog.clear()
+        for batch in stream:
+            states.append(stream.state_dict())
+            tokens += batch["input_ids"].shape[1]
+        lost, line = logged(caplog)
+        assert re.fullmatch(r"Of the first 8 documents: \d+ documents split\. .* counts on\.", lost)
+        packed = PackedDataset(docs, 64, overflow="split")
+        rows, fill = f"into {rows:,} rows", f"{tokens / (64 * rows):.2%} full"
+        words = re.sub(r"into .* rows", rows, re.sub(r"\S+% full", fill, packed.summary()))
+        assert line == f"Epoch 0: {words} It took T s, of which T s were spent waiting for rows."
+        assert (
+            "(7,003 tokens)" in words and "150 documents" in words and packed.num_tokens == tokens
+        )
+        for state in states[: -1 : len(states) // 4]:
+            caplog.clear()
+            again = PackedStream(docs, 64, **options)
+            again.load_state_dict(state)
+            list(again)
+            assert logged(caplog)[-1] == line
 
 
 def test_rows_left_out_are_counted(caplog):

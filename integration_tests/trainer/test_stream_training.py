@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import threading
 from collections import Counter
 from pathlib import Path
@@ -140,6 +141,35 @@ def test_resuming_reads_nothing_again(tmp_path: Path) -> None:
     make(tmp_path, counting, max_steps=41).train(resume_from_checkpoint=True)
     before = read_stream_state(tmp_path / "checkpoint-40")["window"]["place"]["rows"]
     assert before > 200 and counting.read <= 3 * 32, "of the windows that are read ahead"
+
+
+def test_what_was_trained_on_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A line at the end of each epoch, and one about the part of an epoch that training ended in."""
+    batches = len(list(PackedStream(DOCS, 64, batch_size=2)))
+    steps, rest = 2 * batches + 3, 3
+    options = {"gradient_accumulation_steps": 1, "save_strategy": "steps", "save_steps": steps}
+    with caplog.at_level(logging.INFO, logger="barqtrain_hf.data.stream"):
+        caplog.clear()
+        trainer = make(tmp_path, max_steps=steps, **options)
+        trainer.train()
+        seen = [parts(batch) for batch in trainer.seen[-rest:]]
+        pattern = r"Epoch (\d): Packed (\d+) documents \(([\d,]+) tokens\) into (\d+) rows of 64, "
+        lines = [
+            tuple(int(number.replace(",", "")) for number in line)
+            for line in re.findall(pattern, caplog.text)
+        ]
+        every = sum(len(document["input_ids"]) for document in DOCS)
+        assert [line[:3] for line in lines[:2]] == [(epoch, len(DOCS), every) for epoch in (0, 1)]
+        documents, tokens = (
+            sum(map(len, seen)),
+            sum(len(ids) for batch in seen for ids, *_ in batch),
+        )
+        assert lines[2:] == [(2, documents, tokens, 2 * rest)]
+        # An epoch that ends with the training has one line, and one that was not gone on with none.
+        for max_steps, resume, count in ((steps, True, 0), (batches, None, 1)):
+            caplog.clear()
+            make(tmp_path, max_steps=max_steps, **options).train(resume_from_checkpoint=resume)
+            assert caplog.text.count("Packed") == count, caplog.text
 
 
 def test_batches_that_were_only_fetched_are_not_trained_on(tmp_path: Path) -> None:
