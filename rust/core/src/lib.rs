@@ -7,6 +7,7 @@
 mod assemble;
 mod balance;
 mod checksum;
+mod claim;
 mod open_rows;
 mod overflow;
 mod packing;

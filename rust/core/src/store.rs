@@ -12,14 +12,15 @@
 //! | 8 (D + 1) | where each document begins, and T |
 //!
 //! All numbers are little-endian. A file by the final name is always whole: it is written under another
-//! name, flushed to the disk and renamed. The unfinished file is locked, so of several processes one
-//! writes and the others can wait for it; the lock of a killed process is gone with it.
+//! name, flushed to the disk and renamed. The unfinished file is claimed, so of several processes one
+//! writes and the others can wait for it; the claim of a killed process is gone with it.
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, BufWriter, Read, Seek, Write};
+use std::fs::File;
+use std::io::{BufWriter, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use crate::checksum::Xxh64;
+use crate::claim::{claim_file, sync_folder};
 pub use crate::store_error::StoreError;
 
 const MAGIC: [u8; 8] = *b"BARQTOK\x01";
@@ -79,22 +80,9 @@ impl StoreWriter {
         partial.push(".partial");
         let partial = PathBuf::from(partial);
         let failed = |source| StoreError::io("creating", &partial, source);
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false) // it may be another's still
-            .open(&partial)
-            .map_err(failed)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Ok(None),
-            Err(TryLockError::Error(source)) => return Err(failed(source)),
-        }
-        // Between open and lock its writer may have renamed or removed it.
-        if !same_file(&file, &partial).map_err(failed)? {
+        let Some(file) = claim_file(&partial).map_err(failed)? else {
             return Ok(None);
-        }
+        };
         file.set_len(0).map_err(failed)?;
         let mut writer = Self {
             path: path.to_owned(),
@@ -203,25 +191,6 @@ impl Drop for StoreWriter {
             // removed stays as a file that the next writer empties.
             let _ = std::fs::remove_file(&self.partial);
         }
-    }
-}
-
-/// Whether `path` still names the open `file`.
-fn same_file(file: &File, path: &Path) -> io::Result<bool> {
-    use std::os::unix::fs::MetadataExt;
-    let open = file.metadata()?;
-    match std::fs::metadata(path) {
-        Ok(named) => Ok((open.dev(), open.ino()) == (named.dev(), named.ino())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Makes a rename last: the name is in the folder, not in the file.
-fn sync_folder(path: &Path) -> io::Result<()> {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
-        _ => File::open(".")?.sync_all(),
     }
 }
 
