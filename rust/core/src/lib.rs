@@ -16,6 +16,8 @@ mod plan;
 mod random;
 mod store;
 mod store_error;
+#[cfg(test)]
+mod store_fuzz;
 
 pub use assemble::{
     assemble, AssembleError, Batch, PackedRows, Padding, Tokens, IGNORE_INDEX, NO_LOSS,

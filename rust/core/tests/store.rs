@@ -1,6 +1,7 @@
 //! The token store: what is read is what was written, or an error.
 
 use std::fs;
+use std::io::{Seek, Write};
 use std::path::PathBuf;
 
 use barqtrain_core::{verify, Key, Layout, StoreError, StoreWriter, HEADER};
@@ -89,8 +90,12 @@ fn no_damage_goes_unseen() {
     let folder = Folder::new("damage");
     let layout = write(&folder, &[vec![1, 2, 3], vec![], vec![-5, 6]]);
     let good = fs::read(folder.file()).unwrap();
-    let refused = |bytes: &[u8], what: String| {
-        fs::write(folder.file(), bytes).unwrap();
+    let mut file = fs::File::options().write(true).open(folder.file()).unwrap();
+    let mut refused = |bytes: &[u8], what: String| {
+        // Written over: a file that is emptied and written is flushed to the disk by some file systems.
+        file.set_len(bytes.len() as u64).unwrap();
+        file.rewind().unwrap();
+        file.write_all(bytes).unwrap();
         match verify(&folder.file(), None) {
             Err(StoreError::Damaged { .. }) => {}
             other => panic!("{what}: {other:?}"),
