@@ -8,6 +8,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use barqtrain_core::{map_with, NO_LOSS};
 use tokenizers::{Encoding, Tokenizer};
@@ -117,7 +118,9 @@ impl TextTokenizer {
         let failed = |error: tokenizers::Error| TextError::Json {
             reason: error.to_string(),
         };
-        let mut tokenizer: Tokenizer = json.parse().map_err(failed)?;
+        let read = guarded(|| json.parse::<Tokenizer>());
+        let read = read.map_err(|reason| TextError::Json { reason })?;
+        let mut tokenizer = read.map_err(failed)?;
         tokenizer.with_truncation(None).map_err(failed)?;
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(split_special_tokens);
@@ -164,8 +167,9 @@ impl TextTokenizer {
             for index in chunks[chunk].clone() {
                 let prompt = prompts.map(|prompts| prompts[index].as_ref());
                 let spans = spans.map(|spans| spans[index].as_slice());
-                documents
-                    .push(tokenizer, texts[index].as_ref(), prompt, spans, options)
+                let text = texts[index].as_ref();
+                guarded(|| documents.push(tokenizer, text, prompt, spans, options))
+                    .and_then(|pushed| pushed)
                     .map_err(|reason| TextError::Encode { index, reason })?;
             }
             Ok(documents)
@@ -178,6 +182,18 @@ impl TextTokenizer {
         }
         Ok(documents)
     }
+}
+
+/// The result of the work, or what a panic in it said: `tokenizers` panics on some malformed JSON, and on
+/// what such a tokenizer cannot encode. What the work wrote to is not looked at after a panic.
+fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
+        let said = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied());
+        format!("tokenizers panicked: {}", said.unwrap_or("for no reason"))
+    })
 }
 
 impl Documents {
@@ -264,5 +280,7 @@ fn chunks<S: AsRef<str>>(texts: &[S], bytes: usize) -> Vec<Range<usize>> {
     chunks
 }
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

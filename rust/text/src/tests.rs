@@ -14,7 +14,7 @@ const PLAIN: Options = Options {
 };
 
 /// Byte-level BPE with a few merges, a special token in front, and truncation that must not happen.
-fn tokenizer() -> Tokenizer {
+pub(crate) fn tokenizer() -> Tokenizer {
     let mut vocabulary: Vec<(String, u32)> = ByteLevel::alphabet()
         .into_iter()
         .map(String::from)
@@ -229,7 +229,9 @@ fn special_tokens_may_be_text() {
 
 #[test]
 fn what_is_no_tokenizer_is_refused() {
-    for json in ["", "{}", "[1]", "{\"model\": {\"type\": \"none\"}}"] {
+    // On the last one tokenizers 0.23 panics.
+    let cut = "{\"version\": \"1.0\", \"decoder\": {";
+    for json in ["", "{}", "[1]", "{\"model\": {\"type\": \"none\"}}", cut] {
         let error = TextTokenizer::from_json(json, false, 1).err().unwrap();
         assert!(matches!(error, TextError::Json { .. }), "{error}");
         assert!(error.to_string().contains("cannot be read"), "{error}");
