@@ -20,6 +20,8 @@ use super::{Options, Span, TextTokenizer, NO_LOSS};
 
 const CASES: u64 = 2_000;
 const TEXTS_PER_CASE: u64 = 8;
+/// Reading JSON takes as long as many texts.
+const TEXTS_PER_JSON: u64 = 20;
 const HANGS: Duration = Duration::from_secs(20);
 
 /// `SplitMix64`, as in barqtrain-core.
@@ -150,12 +152,13 @@ fn setting(name: &str) -> Option<u64> {
     Some(value.parse().unwrap_or_else(|_| panic!("{name}={value}")))
 }
 
-struct Case(u64);
+/// A case, and for how many texts it counts.
+struct Case(u64, u64);
 
 impl Drop for Case {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("BARQ_FUZZ_FIRST={} BARQ_FUZZ={TEXTS_PER_CASE}", self.0);
+            eprintln!("BARQ_FUZZ_FIRST={} BARQ_FUZZ={}", self.0, self.1);
         }
     }
 }
@@ -177,7 +180,7 @@ fn any_text_with_any_prompt_and_spans_gives_tokens_that_go_together() {
     let cases = setting("BARQ_FUZZ").unwrap_or(CASES) / TEXTS_PER_CASE;
     let (mut tokens, mut slowest) = (0, Duration::ZERO);
     for case in first..first + cases {
-        let named = Case(case);
+        let named = Case(case, TEXTS_PER_CASE);
         let mut random = Random(case);
         let at = random.below(ours.len());
         let texts: Vec<String> = (0..TEXTS_PER_CASE).map(|_| text(&mut random)).collect();
@@ -226,14 +229,16 @@ fn json_that_is_almost_a_tokenizers_is_refused_or_works() {
         .map(|kind| kind.to_string(false).unwrap())
         .collect();
     let first = setting("BARQ_FUZZ_FIRST").unwrap_or(0);
-    // Reading one takes as long as many texts.
-    let cases = setting("BARQ_FUZZ").unwrap_or(CASES) / 20;
+    let cases = setting("BARQ_FUZZ").unwrap_or(CASES) / TEXTS_PER_JSON;
     let mut read = 0;
     for case in first..first + cases {
-        let named = Case(case);
+        let named = Case(case, TEXTS_PER_JSON);
         let mut random = Random(case);
         let mut bytes = random.of(&json).clone().into_bytes();
         for _ in 0..1 + random.below(3) {
+            if bytes.is_empty() {
+                break;
+            }
             let at = random.below(bytes.len());
             let end = (at + random.below(30)).min(bytes.len());
             match random.below(5) {
@@ -241,10 +246,10 @@ fn json_that_is_almost_a_tokenizers_is_refused_or_works() {
                 1 => drop(bytes.drain(at..end)),
                 2 => {
                     let part = bytes[at..end].to_vec();
-                    let to = random.below(bytes.len());
+                    let to = random.below(bytes.len() + 1);
                     bytes.splice(to..to, part);
                 }
-                3 => bytes.truncate(at.max(1)),
+                3 => bytes.truncate(at),
                 // A number in place of another: ids out of the vocabulary, scores, lengths.
                 _ => {
                     if let Some(from) = (at..bytes.len()).find(|&i| bytes[i].is_ascii_digit()) {
