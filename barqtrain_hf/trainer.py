@@ -173,6 +173,13 @@ class BarqTrainer(Trainer):
             remember(prepared["position_ids"], prepared["cu_seq_lens_q"], boundaries)
         return prepared
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; but resumed from its last step, training takes no step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def compute_loss(
         self,
         model: nn.Module,

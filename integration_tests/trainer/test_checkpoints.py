@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import tiny_model
+from test_packed_training import documents
 from test_parity import Rows, arguments
 from transformers import AutoModelForCausalLM, Trainer
 
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments
+from barqtrain_hf.data import PackedDataset
 
 
-def make(path: Path, **options: object) -> BarqTrainer:
+def make(path: Path, train_dataset: Any = None, **options: object) -> BarqTrainer:
     return BarqTrainer(
         model=tiny_model("llama"),
         args=BarqTrainingArguments(**arguments(path, train_sampling_strategy="random", **options)),
-        train_dataset=Rows(40, seed=1),
+        train_dataset=train_dataset or Rows(40, seed=1),
     )
 
 
@@ -31,6 +34,21 @@ def test_resume_is_exact(tmp_path: Path) -> None:
     resumed = make(tmp_path / "resumed", max_steps=6)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert losses(resumed) == losses(whole)
+    for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_finished_run_is_not_trained_on(packed: bool, tmp_path: Path) -> None:
+    """Killed after its last checkpoint a run is resumed there, in the middle of an epoch."""
+    runs = []
+    for resume in (None, True):
+        dataset = PackedDataset(documents(60), 64) if packed else None
+        trainer = make(tmp_path, dataset, max_steps=6, save_strategy="steps", save_steps=6)
+        trainer.train(resume_from_checkpoint=resume)
+        runs.append(trainer)
+    whole, resumed = runs
+    assert resumed.state.global_step == 6 and losses(resumed) == losses(whole)
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
