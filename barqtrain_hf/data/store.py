@@ -16,6 +16,7 @@ import numpy.typing as npt
 from barqtrain_hf import _rust
 from barqtrain_hf.data.examples import Example, Schema, encode_examples
 from barqtrain_hf.data.files import DataFiles
+from barqtrain_hf.data.packing import num_threads
 from barqtrain_hf.data.progress import progress
 from barqtrain_hf.data.source import open_dataset
 from barqtrain_hf.data.tokenizer import FastTokenizer
@@ -25,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 # Goes into every key: another one where the meaning of a store's tokens changes.
 _VERSION = 2
-# Enough texts at once that threads rarely wait for the last chunk, few enough to hold in memory.
-_BYTES_PER_CALL = 16 << 20
+# Of text, for each thread: enough that they rarely wait for the last chunk, few enough to hold in memory, and
+# that Ctrl-C, which waits for the call, comes through within a second.
+_BYTES_PER_CALL = 2 << 20
 _ROWS_PER_READ = 64
 _SECONDS_BETWEEN_LOOKS = 0.05
 _TRIES = 20
@@ -313,10 +315,11 @@ def _write(writer: _rust.StoreWriter, dataset: Any, reading: _Reading) -> None:
 
 
 def _batches(dataset: Any, reading: _Reading, doing: str) -> Iterator[list[Example]]:
-    """All examples, about `_BYTES_PER_CALL` at a time."""
+    """All examples, about `_BYTES_PER_CALL` for each thread at a time."""
     schema = reading.schema()
     examples: list[Example] = []
     size = done = 0
+    enough = _BYTES_PER_CALL * num_threads()
     rows = len(dataset) if hasattr(dataset, "__len__") else None
     with progress(doing, "documents", rows) as bar:
         for row in _rows(dataset, schema):
@@ -324,7 +327,7 @@ def _batches(dataset: Any, reading: _Reading, doing: str) -> Iterator[list[Examp
             examples.append(example)
             size += example.size
             done += 1
-            if size >= _BYTES_PER_CALL:
+            if size >= enough:
                 yield examples
                 bar.update(len(examples))
                 examples, size = [], 0

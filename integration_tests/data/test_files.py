@@ -328,6 +328,22 @@ def test_bad_content_is_named_by_file_and_place(name, content, message, tmp_path
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
+def test_bytes_that_are_not_utf_8_are_placed_however_texts_are_cut(sample_by, tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\r\ntwo\n\nthree\nfo\xe9ur\nfive\n")
+    files = DataFiles(path, sample_by=sample_by)
+    for read in (
+        lambda: tokenize(files, tokenizer, tmp_path / "tokens"),
+        lambda: list(PackedStream(files, 64, tokenizer=tokenizer)),
+    ):
+        with pytest.raises(
+            DataError, match=r"a.txt is not UTF-8: .* at byte 18 \(line 5\)\. Convert it"
+        ):
+            read()
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
 def test_tokens_of_files_are_named_too(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [1], "labels": [1]}, {"labels": [1]}])
     for make in (PackedDataset, lambda *arguments: list(PackedStream(*arguments))):

@@ -4,8 +4,11 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +18,14 @@ import pytest
 from small_tokenizers import TEXTS, small_tokenizer
 
 from barqtrain_hf import _rust
-from barqtrain_hf.data import BarqDataCollator, FastTokenizer, PackedDataset, TokenStore, tokenize
+from barqtrain_hf.data import (
+    BarqDataCollator,
+    FastTokenizer,
+    PackedDataset,
+    PackedStream,
+    TokenStore,
+    tokenize,
+)
 from barqtrain_hf.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -259,11 +269,12 @@ def _build_slowly(path, tokenizer, started):
 
 
 def test_killed_at_any_moment_the_next_run_has_the_right_tokens(tmp_path, tokenizer):
+    """``BARQ_KILLS=50`` kills so often."""
     context = multiprocessing.get_context("fork")
     path = tmp_path / "tokens"
     rng = np.random.default_rng(0)
     in_the_middle = 0
-    for _ in range(12):
+    for _ in range(int(os.environ.get("BARQ_KILLS", "12"))):
         path.unlink(missing_ok=True)
         started = context.Event()
         builder = context.Process(target=_build_slowly, args=(path, tokenizer, started))
@@ -388,5 +399,83 @@ def test_a_slow_tokenizer_is_refused(tmp_path):
     class Slow:
         is_fast = False
 
-    with pytest.raises(UnsupportedError, match="Slow has no fast version"):
-        tokenize(TEXTS, Slow(), tmp_path / "tokens")
+    for use in (
+        lambda: tokenize(TEXTS, Slow(), tmp_path / "tokens"),
+        lambda: PackedStream(TEXTS, 64, tokenizer=Slow()),
+    ):
+        with pytest.raises(
+            UnsupportedError, match=r"Slow has no fast version.*use_fast=True.*pass the input_ids"
+        ):
+            use()
+
+
+def test_a_text_column_that_is_not_there_is_named(tmp_path, tokenizer):
+    rows = [{"body": "a"}, {"body": "b", "id": 2}]
+    datasets = pytest.importorskip("datasets")
+    for dataset in (rows, datasets.Dataset.from_list(rows)):
+        for use in (
+            lambda dataset: tokenize(dataset, tokenizer, tmp_path / "tokens", text_column="txt"),
+            lambda dataset: list(PackedStream(dataset, 64, tokenizer=tokenizer, text_column="txt")),
+        ):
+            with pytest.raises(DataError, match=r"has no (column )?'txt', only body.*text_column"):
+                use(dataset)
+    assert os.listdir(tmp_path) == []
+
+
+def test_texts_without_tokens_are_no_documents(tmp_path, tokenizer):
+    """Only where nothing is added to them; one EOS is a document, of which no token bears a loss."""
+    texts = ["", "a b c", ""]
+    options = {"add_special_tokens": False, "append_eos": False}
+    store = tokenize(texts, tokenizer, tmp_path / "tokens", **options)
+    assert store.lengths.tolist()[::2] == [0, 0]
+    packed = PackedDataset(store, 64)
+    assert (packed.num_documents, packed.dropped_documents) == (1, 2)
+    stream = PackedStream(texts, 64, tokenizer=FastTokenizer(tokenizer, **options))
+    (batch,) = stream
+    assert batch["cu_seq_lens_q"].tolist() == [0, store.lengths[1]]
+    assert stream.losses["dropped_documents"] == 2
+    with pytest.raises(DataError, match=r"dataset has 2 documents and none is left .*2 dropped"):
+        PackedDataset(tokenize(["", ""], tokenizer, tmp_path / "tokens", **options), 64)
+
+
+_BUILDER = """
+import atexit, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: print("left at", time.monotonic(), file=sys.stderr))
+sys.path[:0] = sys.argv[2:]
+from small_tokenizers import small_tokenizer
+from barqtrain_hf.data import tokenize
+
+class Texts:
+    def __len__(self):
+        return 20_000
+    def __getitem__(self, index):
+        if index == 3000:
+            print("in the middle", flush=True)
+        return text
+
+text = "Some text to be made tokens of, and then some more. " * 40
+tokenize(Texts(), small_tokenizer(), sys.argv[1])
+"""
+
+
+def test_an_interrupt_ends_tokenising_and_leaves_nothing(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BUILDER, str(tmp_path / "tokens"), *filter(None, sys.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "in the middle\n"  # of the digest
+    assert process.stdout.readline() == "in the middle\n"  # of the tokens
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    left = re.search(r"left at (\S+)", errors)
+    # A call takes a third of a second; a busy machine makes it longer.
+    assert left is not None and float(left[1]) - started < 3, errors
+    assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors
+    assert os.listdir(tmp_path) == []
