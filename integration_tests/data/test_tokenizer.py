@@ -1,10 +1,12 @@
 """FastTokenizer: the very tokens of the tokenizer it was made from."""
 
 import functools
+import json
 import multiprocessing
 import os
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -183,6 +185,15 @@ def test_tokenizers_that_cannot_be_run_are_refused():
         FastTokenizer(_Slow())
     with pytest.raises(UnsupportedError, match="_Meddling gives other tokens than its own JSON"):
         FastTokenizer(_Meddling())
+    # On this prefix, longer than a token that merges, the tokenizers crate panics.
+    odd = json.loads(small_tokenizer().backend_tokenizer.to_str())
+    odd["model"]["continuing_subword_prefix"] = "#" * 9
+    panicking = _Meddling()
+    panicking.backend_tokenizer = types.SimpleNamespace(to_str=lambda: json.dumps(odd))
+    with pytest.raises(
+        UnsupportedError, match=r"cannot be read: tokenizers panicked.*datasets\.map"
+    ):
+        FastTokenizer(panicking)
     without = small_tokenizer()
     without.eos_token = None
     with pytest.raises(ArgumentError, match="the tokenizer has no eos_token: set"):
