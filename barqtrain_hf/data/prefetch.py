@@ -16,7 +16,7 @@ from barqtrain_hf.errors import UnsupportedError
 Item = TypeVar("Item")
 
 _SECONDS_BETWEEN_LOOKS = 0.05
-_SECONDS_TO_STOP = 1.0
+_SECONDS_TO_STOP = 0.9
 
 
 class Prefetcher(Generic[Item]):
