@@ -13,7 +13,9 @@ Plan = tuple[UInt32, npt.NDArray[np.uintp]]
 Layout = tuple[int, int, int, int]
 
 def pack_sequences(lengths: Int64, max_length: int) -> Plan: ...
-def plan_epoch(lengths: Int64, max_length: int, seed: int, epoch: int, threads: int) -> Plan: ...
+def plan_epoch(
+    lengths: Int64, max_length: int, seed: int, epoch: int, rows: int | None, threads: int
+) -> Plan: ...
 def plan_window(
     lengths: Int64,
     waited: npt.NDArray[np.uint8],

@@ -118,6 +118,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
                 f"max_length={self.max_length} tokens, or overflow='split'."
             )
 
+        self._num_rows: int | None = None
         self.repack(0)
         self.fill = self.num_tokens / (len(self) * self.max_length)
 
@@ -140,7 +141,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             ArgumentError: ``epoch`` is negative, or 2**64 or more.
             ArgumentTypeError: it is not an integer.
         """
-        self._order, self._offsets = plan_epoch(self._lengths, self.max_length, self._seed, epoch)
+        self._order, self._offsets = plan_epoch(
+            self._lengths, self.max_length, self._seed, epoch, self._num_rows
+        )
+        self._num_rows = len(self)
         self.lengths = np.add.reduceat(self._lengths[self._order], self._offsets[:-1])
 
     def summary(self) -> str:

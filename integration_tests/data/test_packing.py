@@ -1,11 +1,14 @@
 """pack_sequences: every document once, no row too full, and as good as the textbook."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from barqtrain_hf import _rust
 from barqtrain_hf.data import pack_sequences
 from barqtrain_hf.data.packing import plan_epoch, plan_rows
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, BarqError, DataError
@@ -42,6 +45,21 @@ def test_rows_hold_every_document_once_and_match_the_textbook(problem):
     sizes = sorted(sum(lengths[index] for index in row) for row in rows)
     assert all(size <= max_length for size in sizes)
     assert sizes == textbook_row_sizes(lengths, max_length)
+
+
+@given(problems(), st.integers(0, 2**64 - 1), st.integers(0, 3), st.integers(2, 8))
+def test_an_epoch_is_packed_whole_on_any_number_of_threads(problem, seed, epoch, threads):
+    lengths, max_length = problem
+    order, offsets = plan_epoch(lengths, max_length, seed, epoch)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    rows = [order[begin:end].tolist() for begin, end in pairwise(offsets.tolist())]
+    assert all(0 < sum(lengths[index] for index in row) <= max_length for row in rows)
+    assert len(rows) == len(plan_epoch(lengths, max_length, seed, 0).offsets) - 1
+    again = _rust.plan_epoch(
+        np.array(lengths, np.int64), max_length, seed, epoch, len(rows), threads
+    )
+    np.testing.assert_array_equal(again[0], order)
+    np.testing.assert_array_equal(again[1], offsets)
 
 
 def test_golden_plan():

@@ -190,7 +190,8 @@ def test_ranks_take_equally_long():
         return [sum(len(ids) ** 2 for ids, _, _ in parts(batch)) for batch in stream]
 
     first, second = np.array(costs(0)[:-1]), np.array(costs(1)[:-1])
-    assert np.abs(first - second).mean() < 0.1 * first.mean()
+    # Dealt as they come, they differ by a third.
+    assert np.abs(first - second).mean() < 0.15 * first.mean()
 
 
 def test_epochs_differ_and_can_be_chosen():

@@ -1,5 +1,5 @@
-//! The data side of barqtrain_hf, without Python: standard library only, so that
-//! `cargo test --offline` runs anywhere.
+//! The data side of barqtrain_hf, without Python: standard library only. Its tests draw their cases with
+//! proptest.
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -8,6 +8,8 @@ mod assemble;
 mod balance;
 mod checksum;
 mod claim;
+mod deal;
+mod fill;
 mod open_rows;
 mod overflow;
 mod packing;

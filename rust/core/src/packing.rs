@@ -143,127 +143,94 @@ impl std::error::Error for PackError {}
 /// When `max_length` is zero, a length is not in `1..=max_length`, or there are more than
 /// `u32::MAX` documents.
 pub fn pack_sequences(lengths: &[i64], max_length: usize) -> Result<Plan, PackError> {
-    let Extent { longest, total } = measure(lengths, max_length)?;
-    if lengths.is_empty() {
-        return Ok(Plan {
-            order: Vec::new(),
-            offsets: vec![0],
-        });
-    }
-
-    let sorted = sort_by_length(lengths, longest);
-    // Rows longer than all the data together would only cost memory.
-    let capacity = max_length.min(total);
-    let mut open = OpenRows::new(capacity);
-    let mut row_of: Vec<u32> = Vec::with_capacity(sorted.documents.len()); // in `sorted` order
-    for length in (1..=longest).rev() {
-        for _ in sorted.bucket(length) {
-            row_of.push(open.place(length));
-        }
-    }
-    Ok(group_by_row(
-        &sorted.documents,
-        &row_of,
-        |row| Some(row as usize),
-        open.count(),
-    ))
+    check_lengths(lengths, max_length)?;
+    let total = lengths.iter().map(|&length| length as usize).sum();
+    let (documents, sorted) = sort_by_length(lengths);
+    let mut row_of = vec![0; documents.len()];
+    let mut open = OpenRows::default();
+    let sorted = sorted.into_iter();
+    open.fill(row_capacity(max_length, total), sorted, &mut row_of);
+    Ok(group_by_row(&documents, &row_of, &open))
 }
 
-pub(crate) struct Extent {
-    pub(crate) longest: usize,
-    pub(crate) total: usize,
+/// The most tokens a row can hold: `cu_seq_lens` counts them in 32 bits.
+const LONGEST_ROW: usize = i32::MAX as usize;
+
+/// Tokens in a row for documents of `total` tokens: longer rows would only cost memory.
+pub(crate) fn row_capacity(max_length: usize, total: usize) -> u32 {
+    max_length.min(total).min(LONGEST_ROW) as u32
 }
 
-pub(crate) fn measure(lengths: &[i64], max_length: usize) -> Result<Extent, PackError> {
+/// Makes sure that there is not more than can be packed; returns the longest document there may be.
+pub(crate) fn check_size(documents: usize, max_length: usize) -> Result<i64, PackError> {
     if max_length == 0 {
         return Err(PackError::ZeroMaxLength);
     }
     // Leaves u32::MAX itself free, so that it can mean "no row".
-    if lengths.len() >= u32::MAX as usize {
-        return Err(PackError::TooManyDocuments {
-            count: lengths.len(),
-        });
+    if documents >= u32::MAX as usize {
+        return Err(PackError::TooManyDocuments { count: documents });
     }
-    let mut extent = Extent {
-        longest: 0,
-        total: 0,
-    };
-    for (index, &length) in lengths.iter().enumerate() {
-        if length <= 0 {
-            return Err(PackError::NotPositive { index, length });
-        }
-        match usize::try_from(length) {
-            Ok(tokens) if tokens <= max_length => {
-                extent.longest = extent.longest.max(tokens);
-                extent.total = extent.total.saturating_add(tokens);
-            }
-            _ => {
-                return Err(PackError::TooLong {
-                    index,
-                    length,
-                    max_length,
-                })
-            }
-        }
-    }
-    Ok(extent)
+    Ok(max_length.min(LONGEST_ROW) as i64)
 }
 
-/// Documents by decreasing length, equal lengths by increasing index.
-struct Sorted {
-    documents: Vec<u32>,
-    /// Documents longer than `length` come before position `longer[length]`.
-    longer: Vec<u32>,
-}
-
-impl Sorted {
-    fn bucket(&self, length: usize) -> std::ops::Range<u32> {
-        self.longer[length]..self.longer[length - 1]
+/// Makes sure that documents can be packed.
+pub(crate) fn check_lengths(lengths: &[i64], max_length: usize) -> Result<(), PackError> {
+    let longest = check_size(lengths.len(), max_length)?;
+    match lengths
+        .iter()
+        .position(|length| !(1..=longest).contains(length))
+    {
+        None => Ok(()),
+        Some(index) if lengths[index] < 1 => Err(PackError::NotPositive {
+            index,
+            length: lengths[index],
+        }),
+        Some(index) => Err(PackError::TooLong {
+            index,
+            length: lengths[index],
+            max_length: longest as usize,
+        }),
     }
 }
 
-fn sort_by_length(lengths: &[i64], longest: usize) -> Sorted {
-    let mut longer = vec![0u32; longest + 1];
+/// Documents by decreasing length, equal lengths by increasing index; and their lengths.
+fn sort_by_length(lengths: &[i64]) -> (Vec<u32>, Vec<u32>) {
+    let longest = lengths.iter().max().map_or(0, |&longest| longest as usize);
+    let mut next = vec![0u32; longest + 2]; // first place of each length, then the next one
     for &length in lengths {
-        longer[length as usize - 1] += 1;
+        next[longest - length as usize + 1] += 1;
     }
-    for length in (0..longest).rev() {
-        longer[length] += longer[length + 1];
+    let mut sorted = Vec::with_capacity(lengths.len());
+    for (length, count) in (0u32..=longest as u32 + 1).rev().zip(&mut next) {
+        // Cannot truncate: `check_size`. Places before a length are those of longer documents.
+        sorted.resize(sorted.len() + *count as usize, length);
+        *count = sorted.len() as u32;
     }
-    let mut next = longer.clone();
     let mut documents = vec![0u32; lengths.len()];
     for (index, &length) in (0u32..).zip(lengths) {
-        let slot = &mut next[length as usize];
+        let slot = &mut next[longest - length as usize];
         documents[*slot as usize] = index;
         *slot += 1;
     }
-    Sorted { documents, longer }
+    (documents, sorted)
 }
 
 /// Turns "document -> row" into "row -> documents", keeping the order of placement within a row.
-///
-/// `position` says which of `count` places in the plan a row gets; None leaves it out.
-pub(crate) fn group_by_row(
-    documents: &[u32],
-    row_of: &[u32],
-    position: impl Fn(u32) -> Option<usize>,
-    count: usize,
-) -> Plan {
-    let mut offsets = vec![0usize; count + 1];
-    for place in row_of.iter().filter_map(|&row| position(row)) {
-        offsets[place + 1] += 1;
+fn group_by_row(documents: &[u32], row_of: &[u32], open: &OpenRows) -> Plan {
+    let mut offsets = Vec::with_capacity(open.count() + 1);
+    let mut next = Vec::with_capacity(open.count());
+    offsets.push(0);
+    let mut end = 0;
+    for row in 0..open.count() {
+        next.push(end);
+        end += open.size(row as u32);
+        offsets.push(end as usize);
     }
-    for place in 0..count {
-        offsets[place + 1] += offsets[place];
-    }
-    let mut next = offsets.clone();
-    let mut order = vec![0u32; offsets[count]];
+    let mut order = vec![0u32; documents.len()];
     for (&document, &row) in documents.iter().zip(row_of) {
-        if let Some(place) = position(row) {
-            let slot = &mut next[place];
-            order[*slot] = document;
-            *slot += 1;
-        }
+        let slot = &mut next[row as usize];
+        order[*slot as usize] = document;
+        *slot += 1;
     }
     Plan { order, offsets }
 }
@@ -274,11 +241,8 @@ mod tests {
 
     #[test]
     fn counting_sort_is_stable_and_decreasing() {
-        let sorted = sort_by_length(&[2, 5, 2, 1, 5], 5);
-        assert_eq!(sorted.documents, [1, 4, 0, 2, 3]);
-        assert_eq!(sorted.bucket(5), 0..2);
-        assert_eq!(sorted.bucket(4), 2..2);
-        assert_eq!(sorted.bucket(2), 2..4);
-        assert_eq!(sorted.bucket(1), 4..5);
+        let (documents, lengths) = sort_by_length(&[2, 5, 2, 1, 5]);
+        assert_eq!(documents, [1, 4, 0, 2, 3]);
+        assert_eq!(lengths, [5, 5, 2, 2, 1]);
     }
 }

@@ -8,13 +8,16 @@
 //! A plan is a pure function of the lengths, `max_length` and the name of its random numbers (seed,
 //! epoch, window): any machine, number of threads or ranks makes the same one.
 
-use crate::open_rows::OpenRows;
-use crate::packing::{group_by_row, measure, PackError, Plan};
-use crate::parallel;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::{Mutex, PoisonError};
+
+use crate::deal::Deal;
+use crate::fill::{Filled, Filler};
+use crate::packing::{check_lengths, check_size, PackError, Plan};
+use crate::parallel::map_with;
 use crate::random::Random;
 
-/// A row with at most this share of its capacity free counts as full.
-const FULL_SHARE: usize = 1024;
 /// Of the rows of a window at most this share waits for the next one.
 const CARRIED_SHARE: usize = 4;
 /// Of the rows of a block of an epoch at most this share is packed again with those of other blocks.
@@ -27,16 +30,21 @@ const SPARE_SHARE: usize = 1 << 14;
 const MOST_ATTEMPTS: u64 = 8;
 /// Documents in a block of an epoch: few enough for a core's cache, enough to fill rows as well as all
 /// documents together would.
-const BLOCK: usize = 1 << 16;
+const BLOCK: usize = 3 << 14;
+/// Lengths that a thread checks at once.
+const CHECKED: usize = 1 << 16;
 
 /// Plans all documents for one epoch.
 ///
 /// Many documents are dealt at random into blocks, which are packed by several threads; the emptiest
-/// rows of all blocks are taken apart and packed once more, together. The plan does not depend on
+/// rows of several blocks are taken apart and packed once more, together. The plan does not depend on
 /// `threads`.
 ///
 /// Every epoch has as many rows as the first: a trainer counts the steps of an epoch once. A plan with
 /// more is made again from other random numbers, in one with fewer rows are split.
+///
+/// # Arguments
+/// - `rows`: how many the plan of epoch 0 has, if that is known; else it is made, to count them.
 ///
 /// # Errors
 /// As [`crate::pack_sequences`].
@@ -45,69 +53,244 @@ pub fn plan_epoch(
     max_length: usize,
     seed: u64,
     epoch: u64,
+    rows: Option<usize>,
     threads: usize,
 ) -> Result<Plan, PackError> {
-    measure(lengths, max_length)?;
-    let first = pack_in_blocks(lengths, max_length, [seed, 0, 0], threads);
-    let rows = first.offsets.len() - 1;
-    let rows = rows + rows / SPARE_SHARE;
-    let first = split_rows(first, rows);
-    if epoch == 0 {
-        return Ok(first);
+    let longest = check_size(lengths.len(), max_length)?;
+    let mut fillers: Vec<[Filler; 2]> = Vec::new();
+    fillers.resize_with(threads.max(1), Default::default);
+    // Each block looks for its documents among all: the fewer bytes the lengths take the better.
+    let plan = if longest <= i64::from(u16::MAX) {
+        convert::<u16>(lengths, longest, threads)
+            .map(|lengths| plan_epoch_of(&lengths, max_length, [seed, epoch], rows, &mut fillers))
+    } else {
+        convert::<u32>(lengths, longest, threads)
+            .map(|lengths| plan_epoch_of(&lengths, max_length, [seed, epoch], rows, &mut fillers))
+    };
+    match plan {
+        Some(plan) => Ok(plan),
+        None => Err(check_lengths(lengths, max_length).expect_err("a length was refused")),
     }
-    for attempt in 0..MOST_ATTEMPTS {
-        let plan = pack_in_blocks(lengths, max_length, [seed, epoch, attempt], threads);
-        if plan.offsets.len() - 1 <= rows {
-            return Ok(split_rows(plan, rows));
-        }
-    }
-    Ok(shuffle_rows(&first, &mut Random::new(&[seed, epoch])))
 }
 
-fn pack_in_blocks(lengths: &[i64], max_length: usize, name: [u64; 3], threads: usize) -> Plan {
+/// The lengths in fewer bytes; None if one is not in `1..=longest`.
+fn convert<L: Copy + Default + Send + TryFrom<i64>>(
+    lengths: &[i64],
+    longest: i64,
+    threads: usize,
+) -> Option<Vec<L>> {
+    let mut converted = vec![L::default(); lengths.len()];
+    let parts = lengths.chunks(CHECKED).zip(converted.chunks_mut(CHECKED));
+    let parts: Vec<_> = parts.map(Mutex::new).collect();
+    let mut workers = vec![(); threads.max(1)];
+    let valid = map_with(&mut workers, parts.len(), |(), part| {
+        let mut part = parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+        let (lengths, converted) = &mut *part;
+        let mut valid = true;
+        for (&length, converted) in lengths.iter().zip(converted.iter_mut()) {
+            valid &= (1..=longest).contains(&length);
+            *converted = L::try_from(length).unwrap_or_default();
+        }
+        valid
+    });
+    drop(parts);
+    valid.into_iter().all(|valid| valid).then_some(converted)
+}
+
+fn plan_epoch_of<L: Copy + Into<u32> + Sync>(
+    lengths: &[L],
+    max_length: usize,
+    [seed, epoch]: [u64; 2],
+    rows: Option<usize>,
+    fillers: &mut [[Filler; 2]],
+) -> Plan {
+    let mut pack = |epoch, attempt| {
+        let name = [seed, epoch, attempt];
+        pack_in_blocks(lengths, max_length, name, fillers)
+    };
+    let with_spare_rows = |plan: Plan| {
+        let rows = plan.offsets.len() - 1;
+        split_rows(plan, rows + rows / SPARE_SHARE)
+    };
+    if epoch == 0 {
+        return with_spare_rows(pack(0, 0));
+    }
+    let rows = match rows {
+        Some(rows) => rows,
+        None => with_spare_rows(pack(0, 0)).offsets.len() - 1,
+    };
+    for attempt in 0..MOST_ATTEMPTS {
+        let plan = pack(epoch, attempt);
+        if plan.offsets.len() - 1 <= rows {
+            return split_rows(plan, rows);
+        }
+    }
+    let plan = with_spare_rows(pack(0, 0));
+    shuffle_rows(&plan, &mut Random::new(&[seed, epoch]))
+}
+
+/// Plans all documents, whose lengths are valid.
+fn pack_in_blocks<L: Copy + Into<u32> + Sync>(
+    lengths: &[L],
+    max_length: usize,
+    name: [u64; 3],
+    fillers: &mut [[Filler; 2]],
+) -> Plan {
     let [seed, epoch, attempt] = name;
-    let numbers = |block: usize| Random::new(&[seed, epoch, attempt, block as u64]);
-    let blocks = deal(lengths.len(), &mut Random::new(&name));
-    let share = (blocks.len() > 1).then_some(REPACKED_SHARE);
-    let packed = parallel::map(blocks.len(), threads, |block| {
-        let random = numbers(block);
-        pack(lengths, &blocks[block], max_length, random, share, |_| true)
+    let numbers = |part: usize| Random::new(&[seed, epoch, attempt, part as u64]);
+    let blocks = match lengths.len() / BLOCK {
+        0 | 1 => {
+            let documents = (0..).zip(lengths.iter().map(|&length| length.into()));
+            let random = Random::new(&name);
+            return pack(documents, lengths.len(), max_length, random, None, None).plan;
+        }
+        blocks @ 2..8 => blocks,
+        // Pairs of them for each of two threads.
+        blocks => blocks / 4 * 4,
+    };
+    let deal = Deal::new(lengths.len(), blocks as u32, &mut Random::new(&name));
+    // Each block is packed in a part of the list that is long enough; then the rows move together.
+    let room = deal.hands();
+    let mut order = vec![0; blocks * room];
+    let filled = fill_parts(
+        order.chunks_mut(room),
+        fillers,
+        Some(REPACKED_SHARE),
+        |filler, block| {
+            filler.take(deal.block(lengths, block as u32), room, max_length);
+            numbers(block)
+        },
+    );
+
+    let groups = blocks.div_ceil(REPACKED_SHARE);
+    let mut apart: Vec<Vec<u32>> = vec![Vec::new(); groups];
+    let mut end = 0;
+    for (block, filled) in filled.iter().enumerate() {
+        let from = block * room;
+        let (ready, all) = (from + filled.ready(), from + filled.documents);
+        apart[block / REPACKED_SHARE].extend(&order[ready..all]);
+        order.copy_within(from..ready, end);
+        end += filled.ready();
+    }
+    order.truncate(lengths.len());
+    let mut rest = &mut order[end..];
+    let parts = apart.iter().map(|apart| {
+        let (part, after) = std::mem::take(&mut rest).split_at_mut(apart.len());
+        rest = after;
+        part
+    });
+    let refilled = fill_parts(parts, fillers, None, |filler, group| {
+        let apart = &apart[group];
+        let documents = apart
+            .iter()
+            .map(|&index| (index, lengths[index as usize].into()));
+        filler.take(documents, apart.len(), max_length);
+        numbers(blocks + group)
     });
 
-    let apart: Vec<u32> = packed
-        .iter()
-        .flat_map(|packed| packed.carried.iter().copied())
-        .collect();
-    let rest = pack(
-        lengths,
-        &apart,
-        max_length,
-        numbers(blocks.len()),
-        None,
-        |_| true,
-    );
-    let mut plan = Plan {
-        order: Vec::with_capacity(lengths.len()),
-        offsets: vec![0],
-    };
-    for part in packed.into_iter().chain([rest]) {
-        let before = plan.order.len();
-        plan.order.extend(part.plan.order);
-        let ends = &part.plan.offsets[1..];
-        plan.offsets.extend(ends.iter().map(|end| before + end));
+    let rows = || filled.iter().chain(&refilled).map(|filled| &filled.ends);
+    let mut offsets = Vec::with_capacity(1 + rows().map(Vec::len).sum::<usize>());
+    offsets.push(0);
+    let mut begin = 0;
+    for ends in rows() {
+        offsets.extend(ends.iter().map(|&end| begin + end as usize));
+        begin += ends.last().map_or(0, |&end| end as usize);
     }
-    plan
+    Plan { order, offsets }
+}
+
+/// Packs documents, at most `most` of an index and a length each, all together.
+fn pack(
+    documents: impl Iterator<Item = (u32, u32)>,
+    most: usize,
+    max_length: usize,
+    mut random: Random,
+    share: Option<usize>,
+    may_wait: Option<&dyn Fn(u32) -> bool>,
+) -> WindowPlan {
+    let mut filler = Filler::default();
+    filler.take(documents, most, max_length);
+    filler.shuffle_long(&mut random);
+    filler.fill(random, share, may_wait)
+}
+
+/// Packs parts of the documents, each in its part of a list, with the documents and the random numbers
+/// that `take` gives it.
+fn fill_parts<'a>(
+    parts: impl Iterator<Item = &'a mut [u32]>,
+    fillers: &mut [[Filler; 2]],
+    share: Option<usize>,
+    take: impl Fn(&mut Filler, usize) -> Random + Sync,
+) -> Vec<Filled> {
+    let mut parts: Vec<&mut [u32]> = parts.collect();
+    // By two, unless a thread would have nothing to do then.
+    let together = if parts.len() < 2 * fillers.len() {
+        1
+    } else {
+        2
+    };
+    let tasks: Vec<_> = parts.chunks_mut(together).map(Mutex::new).collect();
+    let filled = map_with(fillers, tasks.len(), |fillers, task| {
+        let mut orders = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
+        let first = task * together;
+        if let [a, b] = &mut **orders {
+            let random = [0, 1].map(|at| take(&mut fillers[at], first + at));
+            return Filler::fill_both(fillers, random, share, [a, b]).into();
+        }
+        let one_by_one = (first..).zip(orders.iter_mut()).map(|(part, order)| {
+            let random = take(&mut fillers[0], part);
+            fillers[0].fill_into(random, share, None, order)
+        });
+        one_by_one.collect::<Vec<Filled>>()
+    });
+    filled.into_iter().flatten().collect()
 }
 
 /// Splits rows of the most documents until there are `rows`, which must not exceed the documents.
 fn split_rows(mut plan: Plan, rows: usize) -> Plan {
-    while plan.offsets.len() - 1 < rows {
-        let sizes = plan.offsets.windows(2).map(|w| w[1] - w[0]);
-        let Some((row, size)) = sizes.enumerate().max_by_key(|&(_, size)| size) else {
+    let missing = (rows + 1).saturating_sub(plan.offsets.len());
+    if missing == 0 {
+        return plan;
+    }
+    // Only the largest rows can be among those to split, no more of them than are missing.
+    let mut largest = BinaryHeap::with_capacity(missing + 1);
+    let mut least = 0;
+    for (&begin, &end) in plan.offsets.iter().zip(&plan.offsets[1..]) {
+        if end - begin > least {
+            largest.push(Reverse((end - begin, begin)));
+            if largest.len() > missing {
+                largest.pop();
+                least = largest.peek().map_or(0, |Reverse((size, _))| *size);
+            }
+        }
+    }
+    let mut largest: BinaryHeap<(usize, usize)> =
+        largest.into_iter().map(|Reverse(row)| row).collect();
+
+    let mut middles = Vec::with_capacity(missing);
+    while middles.len() < missing {
+        let Some((size, begin)) = largest.pop().filter(|&(size, _)| size > 1) else {
             break;
         };
-        let middle = plan.offsets[row] + size / 2;
-        plan.offsets.insert(row + 1, middle);
+        let middle = begin + size / 2;
+        middles.push(middle);
+        largest.push((middle - begin, begin));
+        largest.push((begin + size - middle, middle));
+    }
+    // Merged from behind, where there is room.
+    middles.sort_unstable();
+    let mut from = plan.offsets.len();
+    plan.offsets.resize(from + middles.len(), 0);
+    let mut to = plan.offsets.len();
+    while let Some(&middle) = middles.last() {
+        to -= 1;
+        if plan.offsets[from - 1] > middle {
+            from -= 1;
+            plan.offsets[to] = plan.offsets[from];
+        } else {
+            plan.offsets[to] = middle;
+            middles.pop();
+        }
     }
     plan
 }
@@ -124,16 +307,6 @@ fn shuffle_rows(plan: &Plan, random: &mut Random) -> Plan {
         shuffled.offsets.push(shuffled.order.len());
     }
     shuffled
-}
-
-/// Deals all documents into blocks of about [`BLOCK`].
-fn deal(count: usize, random: &mut Random) -> Vec<Vec<u32>> {
-    let blocks = (count / BLOCK).max(1);
-    let mut dealt = vec![Vec::with_capacity(count / blocks + count / blocks / 16); blocks];
-    for document in (0u32..).take(count) {
-        dealt[random.below(blocks)].push(document);
-    }
-    dealt
 }
 
 /// The rows of one window of a stream, and what waits for the next.
@@ -171,104 +344,16 @@ pub fn plan_window(
             documents: lengths.len(),
         });
     }
-    measure(lengths, max_length)?;
-    let documents: Vec<u32> = (0u32..).take(lengths.len()).collect();
+    check_lengths(lengths, max_length)?;
+    // Cannot truncate: `check_lengths`.
+    let documents = (0..).zip(lengths.iter().map(|&length| length as u32));
     let share = (!last).then_some(CARRIED_SHARE);
-    let mut packed = pack(
-        lengths,
-        &documents,
-        max_length,
-        Random::new(&name),
-        share,
-        |document| waited[document as usize] < MOST_WAITED,
-    );
+    let may_wait = |document: u32| waited[document as usize] < MOST_WAITED;
+    let random = Random::new(&name);
+    let (most, may_wait) = (lengths.len(), Some(&may_wait as &dyn Fn(u32) -> bool));
+    let mut packed = pack(documents, most, max_length, random, share, may_wait);
     packed.carried.sort_unstable();
     Ok(packed)
-}
-
-/// Packs some of the documents into shuffled rows, and takes the emptiest ones apart again: at most one
-/// in `share`, and only where all documents may wait.
-fn pack(
-    lengths: &[i64],
-    documents: &[u32],
-    max_length: usize,
-    mut random: Random,
-    share: Option<usize>,
-    may_wait: impl Fn(u32) -> bool,
-) -> WindowPlan {
-    // Each with its length, since looking that up again would cost a cache miss a document.
-    let mut documents: Vec<(u32, usize)> = documents
-        .iter()
-        .map(|&document| (document, lengths[document as usize] as usize))
-        .collect();
-    random.shuffle(&mut documents);
-    let documents = mixed_order(&documents, max_length / 8);
-    // Rows longer than all the data together would only cost memory.
-    let total = documents
-        .iter()
-        .fold(0usize, |total, &(_, length)| total.saturating_add(length));
-    let capacity = max_length.min(total);
-    let mut open = OpenRows::new(capacity);
-    let row_of: Vec<u32> = documents
-        .iter()
-        .map(|&(_, length)| open.place(length))
-        .collect();
-
-    let rows = open.count();
-    let mut free = vec![capacity; rows];
-    let mut waits = vec![share.is_some(); rows];
-    for (&(document, length), &row) in documents.iter().zip(&row_of) {
-        free[row as usize] -= length;
-        waits[row as usize] &= may_wait(document);
-    }
-    let mut emptiest: Vec<usize> = (0..rows)
-        .filter(|&row| waits[row] && free[row] > max_length / FULL_SHARE)
-        .collect();
-    emptiest.sort_by_key(|&row| std::cmp::Reverse(free[row]));
-    emptiest.truncate(share.map_or(0, |share| rows.div_ceil(share)));
-    waits.fill(false);
-    for row in emptiest {
-        waits[row] = true;
-    }
-
-    let mut ready: Vec<usize> = (0..rows).filter(|&row| !waits[row]).collect();
-    random.shuffle(&mut ready);
-    let mut position = vec![None; rows];
-    for (place, &row) in ready.iter().enumerate() {
-        position[row] = Some(place);
-    }
-    let order: Vec<u32> = documents.iter().map(|&(document, _)| document).collect();
-    WindowPlan {
-        plan: group_by_row(&order, &row_of, |row| position[row as usize], ready.len()),
-        carried: order
-            .iter()
-            .zip(&row_of)
-            .filter(|&(_, &row)| waits[row as usize])
-            .map(|(&document, _)| document)
-            .collect(),
-    }
-}
-
-/// Documents above `short` tokens by decreasing length, then the others as they come.
-fn mixed_order(shuffled: &[(u32, usize)], short: usize) -> Vec<(u32, usize)> {
-    // A stable counting sort, in which all short documents are of one class.
-    let longest = shuffled.iter().map(|&(_, length)| length).max();
-    let classes = longest.unwrap_or(0).saturating_sub(short);
-    let class = |length: usize| (classes + short).saturating_sub(length).min(classes);
-    let mut next = vec![0usize; classes + 2];
-    for &(_, length) in shuffled {
-        next[class(length) + 1] += 1;
-    }
-    for class in 0..=classes {
-        next[class + 1] += next[class];
-    }
-    let mut order = vec![(0, 0); shuffled.len()];
-    for &document in shuffled {
-        let slot = &mut next[class(document.1)];
-        order[*slot] = document;
-        *slot += 1;
-    }
-    order
 }
 
 #[cfg(test)]

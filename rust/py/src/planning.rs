@@ -34,11 +34,12 @@ pub fn plan_epoch<'py>(
     max_length: usize,
     seed: u64,
     epoch: u64,
+    rows: Option<usize>,
     threads: usize,
 ) -> PyResult<PlanArrays<'py>> {
     let lengths = lengths.as_slice()?;
     let plan = py
-        .detach(|| barqtrain_core::plan_epoch(lengths, max_length, seed, epoch, threads))
+        .detach(|| barqtrain_core::plan_epoch(lengths, max_length, seed, epoch, rows, threads))
         .map_err(refuse)?;
     Ok(arrays(py, plan))
 }
