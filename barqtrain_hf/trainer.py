@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import (
     Trainer,
@@ -29,6 +30,7 @@ from barqtrain_hf.checkpoints import (
 from barqtrain_hf.config import BarqConfig, check_liger
 from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
 from barqtrain_hf.data.batch import PackedBatch
+from barqtrain_hf.data.ranks import LINEAR_COST, BalancedBatches
 from barqtrain_hf.errors import DataError, UnsupportedError
 from barqtrain_hf.loss_filter import LossFilter
 from barqtrain_hf.metrics_callback import BarqMetricsCallback
@@ -162,8 +164,29 @@ class BarqTrainer(Trainer):
                 self._kernels.restore()
 
     def get_train_dataloader(self) -> Any:
-        """As in Trainer; a `PackedStream` hands out its batches itself."""
-        return super().get_train_dataloader() if self._stream is None else self._stream.loader(self)
+        """As in Trainer, with rows of a `PackedDataset` dealt so that the ranks of a step take equally long.
+
+        A `PackedStream` hands out its batches itself.
+        """
+        if self._stream is not None:
+            return self._stream.loader(self)
+        loader = super().get_train_dataloader()
+        shard = getattr(loader, "batch_sampler", None)
+        if (
+            isinstance(self.train_dataset, PackedDataset)
+            and isinstance(shard, BatchSamplerShard)
+            and shard.num_processes > 1
+            and not shard.split_batches
+        ):
+            size = getattr(getattr(unwrap(self.model), "config", None), "hidden_size", None)
+            shard.batch_sampler = BalancedBatches(
+                shard.batch_sampler,
+                self.train_dataset,
+                shard.num_processes,
+                self.args.gradient_accumulation_steps,
+                6 * size if isinstance(size, int) else LINEAR_COST,
+            )
+        return loader
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As in Trainer; what is known of a packed batch on the host goes on with it."""

@@ -19,6 +19,7 @@ from barqtrain_hf.data.files import DataFiles
 from barqtrain_hf.data.fit import fit_documents
 from barqtrain_hf.data.packing import non_negative_int, plan_epoch, positive_int
 from barqtrain_hf.data.progress import progress
+from barqtrain_hf.data.ranks import row_costs
 from barqtrain_hf.data.rows import ROW_KEYS, Row, Tokens, join, read_row, stored
 from barqtrain_hf.data.source import open_dataset
 from barqtrain_hf.data.store import TokenStore
@@ -146,6 +147,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         )
         self._num_rows = len(self)
         self.lengths = np.add.reduceat(self._lengths[self._order], self._offsets[:-1])
+
+    def costs(self, linear: int) -> npt.NDArray[np.int64]:
+        """What each row of this epoch costs to train on; see `barqtrain_hf.data.ranks.row_costs`."""
+        return row_costs(self._lengths, self._order, self._offsets, linear)
 
     def summary(self) -> str:
         """One line: what was packed, how full the rows are, and what was lost."""

@@ -35,8 +35,6 @@ from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, Uns
 logger = logging.getLogger(__name__)
 
 _VERSION = 2
-# Tokens at which attention costs as much as what is linear in them: six times a hidden size of 4096.
-_LINEAR_COST = 24_576
 _LOSSES = (
     "num_documents",
     "split_documents",
@@ -277,8 +275,8 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
     def _batch(self, rows: list[WindowRow]) -> PackedBatch:
         if self.world_size == 1:
             return join_rows(rows)
-        lengths = [row.window.lengths_of(row.number) for row in rows]
-        order = _rust.balance(lengths, self.world_size, _LINEAR_COST)
+        costs = [row.window.costs[row.number] for row in rows]
+        order = _rust.balance(costs, self.world_size, 1)
         first = self.rank * self.batch_size
         return join_rows([rows[at] for at in sorted(order[first : first + self.batch_size])])
 

@@ -15,6 +15,7 @@ import torch
 from barqtrain_hf import _rust
 from barqtrain_hf.data.batch import PackedBatch, packed_batch
 from barqtrain_hf.data.fit import Counts, fit_documents
+from barqtrain_hf.data.ranks import row_costs
 from barqtrain_hf.data.rows import Tokens
 from barqtrain_hf.data.source import Source
 from barqtrain_hf.data.summary import Packed
@@ -83,7 +84,7 @@ class Window:
         order, offsets, carried = _rust.plan_window(
             self.lengths, self.waited, self.packing.max_length, name, self.last
         )
-        return order, offsets.astype(np.int64), carried
+        return order, offsets.view(np.int64), carried
 
     @functools.cached_property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -103,11 +104,12 @@ class Window:
             before.documents + int(documents), before.rows + rows, before.tokens + int(tokens)
         )
 
-    def lengths_of(self, row: int) -> list[int]:
-        """Tokens of each document of a row."""
+    @functools.cached_property
+    def costs(self) -> list[int]:
+        """What each row costs to train on."""
         order, offsets, _ = self.plan
-        lengths: list[int] = self.lengths[order[offsets[row] : offsets[row + 1]]].tolist()
-        return lengths
+        costs: list[int] = row_costs(self.lengths, order, offsets).tolist()
+        return costs
 
     def assemble(self, rows: list[int]) -> Any:
         """As `_rust.assemble`."""

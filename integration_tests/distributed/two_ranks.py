@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # The tests' own modules can be imported; two ranks share two cores.
 _PROLOGUE = """
 import sys
-sys.path[:0] = [{tests!r}, {tests!r} + "/trainer"]
+sys.path[:0] = [{tests!r}, {tests!r} + "/trainer", {tests!r} + "/data"]
 import torch
 torch.set_num_threads(1)
 """

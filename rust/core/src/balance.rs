@@ -6,18 +6,6 @@
 
 use std::fmt;
 
-/// What a row costs: `linear * L + L^2`, summed over its documents of `L` tokens.
-///
-/// `linear` is the length at which attention costs as much as all that is linear in tokens, about
-/// six times the hidden size for a transformer.
-#[must_use]
-pub fn row_cost(lengths: impl IntoIterator<Item = u64>, linear: u64) -> u64 {
-    lengths
-        .into_iter()
-        .map(|length| length.saturating_mul(length.saturating_add(linear)))
-        .fold(0, u64::saturating_add)
-}
-
 /// Rows that cannot be dealt out evenly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnevenError {
@@ -25,50 +13,67 @@ pub struct UnevenError {
     pub rows: usize,
     /// Over how many ranks.
     pub ranks: usize,
+    /// In how many turns.
+    pub turns: usize,
 }
 
 impl fmt::Display for UnevenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} rows cannot be shared evenly by {} ranks: pass a multiple of a positive number of ranks.",
-            self.rows, self.ranks
+            "{} rows cannot be shared evenly by {} ranks in {} turns: pass a multiple of their product, which \
+             must be positive.",
+            self.rows, self.ranks, self.turns
         )
     }
 }
 
 impl std::error::Error for UnevenError {}
 
-/// Deals rows to ranks, equally many to each, so that the costs of the ranks are close.
+/// Deals the rows of a step to ranks, equally many to each in every turn, so that the costs of the ranks
+/// are close.
 ///
-/// Longest processing time first (Graham, 1969), with a limit on the number of rows: the dearest row
-/// goes to the rank with the least cost so far that can still take one. Ties go to the lower index.
+/// A turn is what all ranks compute before they wait for each other, or the whole step if they wait
+/// once: the dearest rows are dealt in the first turn, the cheapest in the last. So rows of one turn cost
+/// about the same, and what is left between the ranks evens out over the turns.
 ///
-/// Returns the rows in their new order: rank `r` has `[r * n .. (r + 1) * n]`, `n = rows / ranks`.
+/// Within a turn longest processing time first (Graham, 1969), with a limit on the number of rows: the
+/// dearest row goes to the rank with the least cost so far that can still take one. Ties go to the lower
+/// index.
+///
+/// Returns the rows in their new order: turn after turn, and in each rank after rank.
 ///
 /// # Errors
-/// When `ranks` is zero or does not divide the number of rows.
-pub fn balance(costs: &[u64], ranks: usize) -> Result<Vec<u32>, UnevenError> {
-    if ranks == 0 || !costs.len().is_multiple_of(ranks) {
+/// When the ranks and turns do not divide the number of rows, or there are none.
+pub fn balance(costs: &[u64], ranks: usize, turns: usize) -> Result<Vec<u32>, UnevenError> {
+    let parts = ranks.checked_mul(turns).filter(|&parts| parts > 0);
+    let Some(share) = parts
+        .filter(|&parts| costs.len().is_multiple_of(parts))
+        .map(|parts| costs.len() / parts)
+    else {
         return Err(UnevenError {
             rows: costs.len(),
             ranks,
+            turns,
         });
-    }
-    let share = costs.len() / ranks;
+    };
     let mut dearest: Vec<u32> = (0u32..).take(costs.len()).collect();
     dearest.sort_by_key(|&row| std::cmp::Reverse(costs[row as usize]));
-    let mut taken: Vec<(u64, Vec<u32>)> = vec![(0, Vec::with_capacity(share)); ranks];
-    for row in dearest {
-        let cheapest = taken
-            .iter_mut()
-            .filter(|(_, rows)| rows.len() < share)
-            .min_by_key(|(cost, _)| *cost);
-        // Always one: there are as many places as rows.
-        if let Some((cost, rows)) = cheapest {
-            *cost = cost.saturating_add(costs[row as usize]);
-            rows.push(row);
+    let mut dealt = Vec::with_capacity(costs.len());
+    let mut spent = vec![0u64; ranks];
+    let mut taken: Vec<Vec<u32>> = vec![Vec::with_capacity(share); ranks];
+    for turn in dearest.chunks((ranks * share).max(1)) {
+        for &row in turn {
+            let cheapest = (0..ranks)
+                .filter(|&rank| taken[rank].len() < share)
+                .min_by_key(|&rank| spent[rank]);
+            // Always one: there are as many places as rows.
+            if let Some(rank) = cheapest {
+                spent[rank] = spent[rank].saturating_add(costs[row as usize]);
+                taken[rank].push(row);
+            }
         }
+        taken.iter_mut().for_each(|rows| dealt.append(rows));
     }
-    Ok(taken.into_iter().flat_map(|(_, rows)| rows).collect())
+    Ok(dealt)
 }

@@ -24,7 +24,7 @@ mod store_fuzz;
 pub use assemble::{
     assemble, AssembleError, Batch, PackedRows, Padding, Tokens, IGNORE_INDEX, NO_LOSS,
 };
-pub use balance::{balance, row_cost, UnevenError};
+pub use balance::{balance, UnevenError};
 pub use overflow::{fit, Fitted, Losses, Overflow};
 pub use packing::{pack_sequences, PackError, Plan};
 pub use parallel::map_with;

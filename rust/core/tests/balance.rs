@@ -1,6 +1,6 @@
 //! `balance`: every row once, equally many for each rank, costs closer than as they come.
 
-use barqtrain_core::{balance, row_cost, UnevenError};
+use barqtrain_core::{balance, UnevenError};
 
 mod common;
 use common::Rng;
@@ -22,7 +22,7 @@ fn every_row_once_and_the_slowest_rank_is_no_slower() {
             let costs: Vec<u64> = (0..ranks * share)
                 .map(|_| 1 + rng.below(1000) as u64)
                 .collect();
-            let order = balance(&costs, ranks).unwrap();
+            let order = balance(&costs, ranks, 1).unwrap();
             let mut rows = order.clone();
             rows.sort_unstable();
             let identity: Vec<u32> = (0..costs.len() as u32).collect();
@@ -43,21 +43,56 @@ fn every_row_once_and_the_slowest_rank_is_no_slower() {
 #[test]
 fn golden_order() {
     // 9 | 8 7, then 6 to the cheaper, which has room: (9, 6) and (8, 7).
-    assert_eq!(balance(&[6, 9, 7, 8], 2), Ok(vec![1, 0, 3, 2]));
+    assert_eq!(balance(&[6, 9, 7, 8], 2, 1), Ok(vec![1, 0, 3, 2]));
 }
 
 #[test]
-fn a_cost_is_linear_plus_quadratic() {
-    assert_eq!(row_cost([3, 4], 10), 3 * 10 + 9 + 4 * 10 + 16);
-    assert_eq!(row_cost([], 10), 0);
-    assert_eq!(row_cost([u64::MAX, 1], 1), u64::MAX); // and no overflow
+fn in_turns_the_slowest_rank_is_no_slower_and_rows_of_a_turn_are_alike() {
+    let mut rng = Rng(5);
+    let (ranks, turns, share) = (4, 8, 1);
+    let (mut most, mut mean, mut waits, mut unsorted) = (0, 0, 0, 0);
+    let wait = |costs: &[u64]| -> u64 {
+        let turns = costs.chunks(ranks * share);
+        turns
+            .map(|turn| turn.iter().max().unwrap() * ranks as u64 - turn.iter().sum::<u64>())
+            .sum()
+    };
+    for _ in 0..50 {
+        let costs: Vec<u64> = (0..ranks * turns * share)
+            .map(|_| 1 + rng.below(1000) as u64)
+            .collect();
+        let order = balance(&costs, ranks, turns).unwrap();
+        let mut rows = order.clone();
+        rows.sort_unstable();
+        assert!(rows.into_iter().eq(0..costs.len() as u32));
+        let dealt: Vec<u64> = order.iter().map(|&row| costs[row as usize]).collect();
+        let of_rank = |rank| dealt.iter().skip(rank).step_by(ranks).sum::<u64>();
+        most += (0..ranks).map(of_rank).max().unwrap();
+        mean += costs.iter().sum::<u64>() / ranks as u64;
+        waits += wait(&dealt);
+        unsorted += wait(&costs);
+    }
+    assert!(most * 100 <= mean * 101, "{most}, {mean} at least");
+    assert!(
+        waits * 4 < unsorted,
+        "{waits} of waiting, {unsorted} as they came"
+    );
 }
 
 #[test]
 fn uneven_numbers_are_refused() {
-    for (rows, ranks) in [(3, 2), (4, 0)] {
-        let error = balance(&vec![1; rows], ranks).unwrap_err();
-        assert_eq!(error, UnevenError { rows, ranks });
-        assert!(error.to_string().contains("multiple of a positive number"));
+    for (rows, ranks, turns) in [
+        (3, 2, 1),
+        (4, 0, 1),
+        (4, 1, 0),
+        (4, 2, 4),
+        (4, usize::MAX, 2),
+    ] {
+        let error = balance(&vec![1; rows], ranks, turns).unwrap_err();
+        assert_eq!(error, UnevenError { rows, ranks, turns });
+        assert!(error
+            .to_string()
+            .contains("pass a multiple of their product"));
     }
+    assert_eq!(balance(&[], 2, 3), Ok(vec![]));
 }

@@ -103,13 +103,8 @@ pub fn plan_window<'py>(
     Ok((order, offsets, planned.carried.into_pyarray(py)))
 }
 
-/// Rows in the order in which ranks take them: rank r has the r-th part. `rows` holds the lengths of
-/// the documents of each row.
+/// Rows in the order in which ranks take them: turn after turn, in each rank after rank.
 #[pyfunction]
-pub fn balance(rows: Vec<Vec<u64>>, ranks: usize, linear: u64) -> PyResult<Vec<u32>> {
-    let costs: Vec<u64> = rows
-        .into_iter()
-        .map(|lengths| barqtrain_core::row_cost(lengths, linear))
-        .collect();
-    barqtrain_core::balance(&costs, ranks).map_err(refuse)
+pub fn balance(costs: Vec<u64>, ranks: usize, turns: usize) -> PyResult<Vec<u32>> {
+    barqtrain_core::balance(&costs, ranks, turns).map_err(refuse)
 }
