@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from barqtrain_hf.data import (
     tokenize,
 )
 from barqtrain_hf.data.packing import plan_epoch
+from barqtrain_hf.data.store import _claim as claim_store
 from barqtrain_hf.errors import DataError
 
 MAX_LENGTH = 4096
 ROWS_PER_BATCH = 8
 PLANNED = 1_000_000
 MOVED = 100_000
+THREADS = 2
 TEXTS = 50_000
 BATCHES = 100
 RESUMED_AT = 1500
@@ -65,6 +68,7 @@ def run() -> Report:
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("easy", "hard"):
             _moving(report, kind, Path(folder))
+        _gathering(report, Path(folder))
         _lost(report, Path(folder))
         _text(report, Path(folder))
     return report
@@ -132,13 +136,37 @@ def _moving(report: Report, kind: str, folder: Path) -> None:
     report.add(**row, implementation=name, s=s, fill=_fill(sizes, rows))
 
 
+def _gathering(report: Report, folder: Path) -> None:
+    """A million documents of a token store: a plan and all its batches, by threads that take turns."""
+    sizes = lengths("easy", PLANNED)
+    tokens = np.random.default_rng(0).integers(0, 32_000, 1 << 24, dtype=np.int32)
+    writer = claim_store(folder / "gathered", bytes(32))
+    if writer is None:
+        raise DataError(f"{folder / 'gathered'} is being written by another process.")
+    for part in np.array_split(sizes, 100):
+        writer.push(tokens[: part.sum()], part)
+    writer.finish()
+    packed = PackedDataset(TokenStore(folder / "gathered"), MAX_LENGTH)
+
+    def plan_and_gather() -> None:
+        packed.repack(1)
+        with ThreadPoolExecutor(THREADS) as pool:
+            turns = range(0, THREADS * ROWS_PER_BATCH, ROWS_PER_BATCH)
+            list(pool.map(lambda first: _count_batches(packed, first, THREADS), turns))
+
+    s, _ = _timed(plan_and_gather, repeats=3)
+    case = f"{PLANNED:,} documents, {sizes.sum() / 1e6:.0f} M tokens, easy"
+    name = f"{OURS}, a store's plan and all batches, {THREADS} threads"
+    report.add(part="move", case=case, implementation=name, s=s, fill=packed.fill)
+
+
 def _count(batches: Iterable[Any]) -> int:
     return sum(1 for _ in batches)
 
 
-def _count_batches(packed: PackedDataset) -> int:
+def _count_batches(packed: PackedDataset, first_row: int = 0, turns: int = 1) -> int:
     rows = range(len(packed))
-    starts = range(0, len(packed), ROWS_PER_BATCH)
+    starts = range(first_row, len(packed), turns * ROWS_PER_BATCH)
     return _count(packed.batch(rows[first : first + ROWS_PER_BATCH]) for first in starts)
 
 
