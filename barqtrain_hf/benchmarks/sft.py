@@ -119,17 +119,15 @@ def run(
         folder = Path(name)
         tokens = prepare(folder, MODEL if model is None else model, examples)
         sizes = {"rows": rows, "length": length, "documents": max(1, round(length / tokens))}
-        found: dict[tuple[str, str], dict[str, Any]] = {}
         runs = [(case, checkpointing, way) for case, checkpointing, ways in cases for way in ways]
         for case, checkpointing, way in sorted(runs, key=lambda run: run[2].turn):
             argv = options(folder, way, checkpointing, sizes, steps)
             seconds = min(60.0 * _MINUTES, end - time.monotonic())
-            found[case, way.name] = run_apart(way.command, argv, folder, seconds)
-    for case, _, ways in cases:
-        for way in ways:
-            about = {"packs": way.packs, "apart": way.apart}
-            row = found[case, way.name]
-            report.add(part="sft", case=case, implementation=way.name, **about, **row)
+            row = run_apart(way.command, argv, folder, seconds)
+            about = {"case": case, "packs": way.packs, "apart": way.apart}
+            report.add(part="sft", implementation=way.name, **about, **row)
+    shown = [(case, way.name) for case, _, way in runs]
+    report.rows.sort(key=lambda row: shown.index((row["case"], row["implementation"])))
     judge(report)
     return report
 
