@@ -223,7 +223,7 @@ def _options_problem(main: Callable[[Sequence[str]], int], arguments: Sequence[s
         except SystemExit as stop:
             code = stop.code
     if code:
-        return printed.getvalue().strip().rpartition("\n")[2]
+        return printed.getvalue().strip()
     options = [word.partition("=")[0] for word in arguments if word.startswith("-")]
     known = set(re.findall(r"(?<!\S)-[\w-]+", printed.getvalue()))
     unknown = [option for option in options if option not in known]

@@ -99,7 +99,7 @@ def test_what_is_a_block() -> None:
         ("barqtrain demo --max_steps 3", None),
         ("barqtrain demo --max_stops 3", "no option --max_stops"),
         ("barqtrain demo --max_steps three", "invalid int value"),
-        ("barqtrain dem", "COMMAND"),
+        ("barqtrain dem", "unknown command"),
         ("python -m barqtrain_hf.benchmarks norms --output norms.json", None),
         ("python -m barqtrain_hf.benchmarks norm", "invalid choice"),
         ("python integration_tests/no_such.py", "no integration_tests/no_such.py"),

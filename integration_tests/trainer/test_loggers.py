@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,10 @@ def test_tensorboard_on_a_stock_trainer(tmp_path: Path) -> None:
 
 
 def test_trackio_on_a_stock_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    # That is read when it is imported, and another test may have done so.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
     trainer = train(tmp_path, "trackio", project="barq")
     with sqlite3.connect(tmp_path / "trackio" / "barq.db") as database:
         rows = [json.loads(text) for (text,) in database.execute("SELECT metrics FROM metrics")]
