@@ -190,9 +190,10 @@ class BarqTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """As in Trainer; what is known of a packed batch on the host goes on with it."""
+        # Before they are moved: it may be that they are still on the host.
+        boundaries = inputs.boundaries if isinstance(inputs, PackedBatch) else None
         prepared = super()._prepare_inputs(inputs)
-        boundaries = getattr(inputs, "boundaries", None)
-        if isinstance(inputs, PackedBatch) and boundaries is not None:
+        if boundaries is not None:
             remember(prepared["position_ids"], prepared["cu_seq_lens_q"], boundaries)
         return prepared
 

@@ -3,22 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 
+class _Told(NamedTuple):
+    """What was read of tensors on the host before they were moved."""
+
+    boundaries: list[int]
+    of: tuple[tuple[torch.Tensor, int], ...]  # the moved ones and their versions
+
+
 class PackedBatch(dict[str, Any]):
     """A batch that knows on the host where its documents end, wherever its tensors are.
 
-    Attributes:
-        boundaries: where each document starts and, last, the number of tokens; None in a copy that was made
-            key by key.
+    It is read from the tensors when they leave the host, so whoever changes a batch before need not tell.
     """
 
-    boundaries: list[int] | None = None
+    _told: _Told | None = None
+
+    @property
+    def boundaries(self) -> list[int] | None:
+        """Where each document starts and, last, the number of tokens; not to be changed. None where only the
+        device could tell, or ``position_ids`` and ``cu_seq_lens_q`` tell of other documents.
+        """
+        tensors = self.get("position_ids"), self.get("cu_seq_lens_q")
+        if self._told is not None and all(
+            tensor is told and tensor._version == version
+            for tensor, (told, version) in zip(tensors, self._told.of, strict=True)
+        ):
+            return self._told.boundaries
+        if all(isinstance(tensor, torch.Tensor) and tensor.is_cpu for tensor in tensors):
+            return _boundaries(*tensors)  # type: ignore[arg-type]
+        return None
 
     def to(self, device: Any, non_blocking: bool = False) -> PackedBatch:
         """The batch on another device: what accelerate looks for in a batch."""
@@ -29,15 +49,37 @@ class PackedBatch(dict[str, Any]):
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        boundaries = self.boundaries
         batch = PackedBatch(
             (key, change(value) if isinstance(value, torch.Tensor) else value)
             for key, value in self.items()
-            if key != "cu_seq_lens_k"
         )
-        if "cu_seq_lens_k" in self:  # one tensor, though a DataLoader may have copied it twice
+        if _same(self.get("cu_seq_lens_q"), self.get("cu_seq_lens_k")):
+            # One tensor, though a DataLoader may have copied it twice.
             batch["cu_seq_lens_k"] = batch["cu_seq_lens_q"]
-        batch.boundaries = self.boundaries
+        if boundaries is not None:
+            tensors = batch["position_ids"], batch["cu_seq_lens_q"]
+            # Tensors of inference mode do not say when they change.
+            if not any(tensor.is_inference() for tensor in tensors):
+                of = tuple((tensor, tensor._version) for tensor in tensors)
+                batch._told = _Told(boundaries, of)
         return batch
+
+
+def _boundaries(position_ids: torch.Tensor, cu_seq_lens: torch.Tensor) -> list[int] | None:
+    """Of tensors on the host, or None where they tell of other documents."""
+    if position_ids.dim() != 2 or position_ids.shape[0] != 1 or cu_seq_lens.dim() != 1:
+        return None
+    begins = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+    boundaries = [0, *begins.tolist(), position_ids.shape[1]]
+    return boundaries if boundaries == cu_seq_lens.tolist() else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tensors are one, or equal on the host."""
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)):
+        return False
+    return one is other or (one.is_cpu and other.is_cpu and torch.equal(one, other))
 
 
 def packed_batch(
@@ -61,9 +103,7 @@ def packed_batch(
         # config.use_cache is True by default: documents would attend to each other, unsaid.
         "use_cache": False,
     }
-    batch = PackedBatch(tensors)
-    batch.boundaries = boundaries.tolist()
-    return batch
+    return PackedBatch(tensors)
 
 
 def sequence_index(cu_seq_lens: torch.Tensor) -> torch.Tensor:

@@ -137,9 +137,47 @@ def test_a_batch_takes_its_boundaries_along(copied: Any) -> None:
     batch = copied(batch)
     batch["cu_seq_lens_k"] = batch["cu_seq_lens_q"].clone()  # as a DataLoader that pins does
     moved = batch.to("cpu", non_blocking=True)
+    assert moved._told is not None and moved.to("cpu").boundaries is moved.boundaries
     assert moved.boundaries == [0, 3, 6] == moved["cu_seq_lens_q"].tolist()
     assert moved["cu_seq_lens_k"] is moved["cu_seq_lens_q"]
     assert moved.keys() == batch.keys() and moved["max_length_q"] == 3
+
+
+def test_a_batch_that_was_changed_does_not_say_what_it_was(tmp_path: Path) -> None:
+    def row() -> Any:
+        return BarqDataCollator()([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}])
+
+    options = BarqTrainingArguments(**arguments(tmp_path))
+    trainer = BarqTrainer(tiny_model("llama"), options, train_dataset=Plain())
+    halves = {
+        "position_ids": torch.tensor([[0, 1, 0, 1]]),
+        "cu_seq_lens_q": torch.tensor([0, 2, 4], dtype=torch.int32),
+    }
+    for moved in (False, True):
+        for names, expected in (
+            (["position_ids", "cu_seq_lens_q"], [0, 2, 4]),
+            (["position_ids"], None),
+            (["cu_seq_lens_q"], None),
+        ):
+            for in_place in (False, True):
+                batch = row().to("cpu") if moved else row()
+                for name in names:
+                    if in_place and name == "position_ids":
+                        batch[name].copy_(halves[name])
+                    else:
+                        batch[name] = halves[name].clone()
+                assert batch.boundaries == expected
+                prepared = trainer._prepare_inputs(batch)
+                assert known_documents.are_single(prepared["position_ids"]) is False
+                found = _documents.find(prepared["cu_seq_lens_q"], 4).boundaries
+                assert found == prepared["cu_seq_lens_q"].tolist()
+    batch = row()
+    batch["cu_seq_lens_k"] = torch.tensor([0, 1, 4], dtype=torch.int32)
+    assert batch.to("cpu")["cu_seq_lens_k"].tolist() == [0, 1, 4]
+    for name in ("position_ids", "cu_seq_lens_q"):
+        batch = row()
+        del batch[name]
+        assert batch.boundaries is None and name not in trainer._prepare_inputs(batch)
 
 
 @pytest.mark.gpu
