@@ -12,13 +12,19 @@ import torch
 from models import VOCABULARY, tiny_model
 from test_packed_training import documents
 from test_parity import arguments
-from transformers import Trainer, TrainerCallback, TrainingArguments, masking_utils
+from transformers import (
+    LlamaModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    masking_utils,
+)
 
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments
 from barqtrain_hf.data import BarqDataCollator, PackedDataset
 from barqtrain_hf.ops import _documents
+from barqtrain_hf.patching import FusedLoss, head, known_documents, register_attention
 from barqtrain_hf.patching import documents as found
-from barqtrain_hf.patching import known_documents, register_attention
 
 STOCK = masking_utils.find_packed_sequence_indices
 IDS = {"input_ids": torch.zeros(1, 4, dtype=torch.long)}
@@ -88,23 +94,81 @@ def test_nobody_asks(data: str, checkpointing: bool, tmp_path: Path, asked: list
 
 
 def test_positions_that_a_model_makes_otherwise_are_looked_into() -> None:
-    model = torch.nn.Linear(1, 1)
+    model = tiny_model("llama")
     restarting = torch.tensor([[0, 1, 0, 1]])
     with known_documents.forward_pass(model, IDS):
         find = masking_utils.find_packed_sequence_indices
         for _ in range(2):
             assert torch.equal(find(restarting), STOCK(restarting))
             assert find(restarting.new_tensor([[1, 2, 3, 4]])) is None
+            assert find(restarting.new_tensor([[0]])) is None
             assert not known_documents.are_single(restarting)
         assert model not in known_documents._counts_from_zero
         assert find(torch.arange(4)[None].expand(3, -1)) is None
         assert model in known_documents._counts_from_zero
     # Of another pass nothing follows, if there is more than ids.
-    for given in ({**IDS, "position_ids": restarting}, {**IDS, "pixel_values": torch.zeros(1)}):
+    for given in (
+        {**IDS, "position_ids": restarting},
+        {**IDS, "pixel_values": torch.zeros(1)},
+        {**IDS, "images": [torch.zeros(1)]},
+        {**IDS, "lengths": [2, 2]},
+    ):
         with known_documents.forward_pass(model, given):
             assert torch.equal(
                 masking_utils.find_packed_sequence_indices(restarting), STOCK(restarting)
             )
+
+
+def restarted(ids: torch.Tensor) -> torch.Tensor:
+    """Positions that start anew behind every 2."""
+    begins = torch.nn.functional.pad(ids == 2, (1, 0))[:, :-1].int()
+    count = torch.arange(ids.shape[1]).expand_as(ids)
+    return count - (count * begins).cummax(-1).values
+
+
+class RestartingModel(LlamaModel):
+    def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, position_ids=restarted(input_ids), **kwargs)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "barq"])
+def test_other_code_that_makes_positions_is_asked_each_time(attention: str) -> None:
+    register_attention()
+    model, stock = tiny_model("llama"), tiny_model("llama")
+    for each, name in ((model, attention), (stock, "sdpa")):
+        each.set_attn_implementation(name)
+        each.model.__class__ = RestartingModel
+    assert isinstance(head.install(model), list)
+    ids = torch.full((1, 12), 5)
+    for _ in range(2):  # the first batch is one document
+        loss = model(input_ids=ids, labels=ids, fused_loss=FusedLoss()).loss
+        expected = stock(input_ids=ids, labels=ids, use_cache=False).loss
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        ids = torch.arange(3, 15)[None].clone()
+        ids[0, 5] = 2
+
+
+@pytest.mark.parametrize("given", [{}, {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}])
+def test_a_compiled_base_model_has_no_graph_break(given: dict[str, torch.Tensor]) -> None:
+    torch._dynamo.reset()
+    model, stock = tiny_model("llama"), tiny_model("llama")
+    assert isinstance(head.install(model), list)
+    model.model.compile(backend="eager", fullgraph=True)
+    ids = torch.arange(3, 9)[None]
+    expected = stock(input_ids=ids, labels=ids, use_cache=False, **given).loss.item()
+    loss = model(input_ids=ids, labels=ids, fused_loss=FusedLoss(), **given).loss
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    torch._dynamo.reset()
+
+
+def test_what_a_graph_records_is_not_taken_from_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    positions, ends = torch.tensor([[0, 1, 2, 3]]), torch.tensor([0, 4], dtype=torch.int32)
+    known_documents.remember(positions, ends, [0, 4])
+    stock_is_asked = []
+    monkeypatch.setattr(known_documents, "_stock", stock_is_asked.append)
+    monkeypatch.setattr(known_documents, "capturing", lambda device: True)
+    known_documents._find(positions)
+    assert stock_is_asked == [positions]
 
 
 def test_transformers_is_as_before_after_any_pass() -> None:
