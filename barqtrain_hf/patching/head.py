@@ -316,7 +316,8 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
             # Logits of about ±30, so that a softcap shows.
             hidden *= 30.0 / F.linear(hidden.to(dtype), weight).float().std().clamp(min=1e-6)
         hidden = hidden.to(dtype).requires_grad_()
-        with given_hidden_states(model, hidden):
+        theirs: list[dict[str, Any]] = []
+        with given_hidden_states(model, hidden, calls=theirs):
             stock = type(model).forward(model, **inputs, num_items_in_batch=5).loss
             ours = root_forward(model, **inputs, fused_loss=FusedLoss(num_items=5)).loss
         (stock_grad,) = torch.autograd.grad(stock, hidden)
@@ -326,6 +327,14 @@ def _probe(model: nn.Module, root_forward: Any) -> str | None:
     finally:
         if adapted:
             leaf._disable_adapters = False
+    # Theirs is first. It may number documents' tokens, which hidden states that are given would not show.
+    made = sorted(
+        name
+        for name, value in (theirs[0] if theirs else {}).items()
+        if isinstance(value, torch.Tensor) and all(value is not given for given in inputs.values())
+    )
+    if made:
+        return f"its forward gives the base model {', '.join(made)} that it makes itself"
     names = ("the loss", "its gradient")
     return probe.first_difference(names, (ours, our_grad), (stock, stock_grad), dtype)
 
@@ -340,14 +349,20 @@ class _GivenOutput(BaseModelOutputWithPast):
 
 @contextmanager
 def given_hidden_states(
-    model: nn.Module, hidden: torch.Tensor, dtypes: list[torch.dtype] | None = None
+    model: nn.Module,
+    hidden: torch.Tensor,
+    dtypes: list[torch.dtype] | None = None,
+    calls: list[dict[str, Any]] | None = None,
 ) -> Iterator[None]:
-    """The base model returns ``hidden``, and puts the dtype that its head will work in into ``dtypes``."""
+    """The base model returns ``hidden``, and puts the dtype that its head will work in into ``dtypes`` and
+    its arguments into ``calls``."""
     base = model.base_model
     previous = base.__dict__.get("forward")
     kind = hidden.device.type
 
     def stub(*args: Any, **kwargs: Any) -> _GivenOutput:
+        if calls is not None:
+            calls.append({**{f"argument {n}": value for n, value in enumerate(args)}, **kwargs})
         if dtypes is not None:
             autocast = torch.is_autocast_enabled(kind)
             dtypes.append(torch.get_autocast_dtype(kind) if autocast else hidden.dtype)

@@ -13,6 +13,7 @@ from models import VOCABULARY, tiny_model
 from test_packed_training import documents
 from test_parity import arguments
 from transformers import (
+    LlamaForCausalLM,
     LlamaModel,
     Trainer,
     TrainerCallback,
@@ -131,6 +132,11 @@ class RestartingModel(LlamaModel):
         return super().forward(input_ids, position_ids=restarted(input_ids), **kwargs)
 
 
+class RestartingRoot(LlamaForCausalLM):
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids, position_ids=restarted(input_ids), **kwargs)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "barq"])
 def test_other_code_that_makes_positions_is_asked_each_time(attention: str) -> None:
     register_attention()
@@ -146,6 +152,13 @@ def test_other_code_that_makes_positions_is_asked_each_time(attention: str) -> N
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         ids = torch.arange(3, 15)[None].clone()
         ids[0, 5] = 2
+
+
+def test_a_root_that_makes_positions_keeps_its_loss() -> None:
+    model = tiny_model("llama")
+    model.__class__ = RestartingRoot
+    reason = head.install(model)
+    assert isinstance(reason, str) and "gives the base model position_ids" in reason
 
 
 @pytest.mark.parametrize("given", [{}, {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}])
