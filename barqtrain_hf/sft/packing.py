@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 
 from barqtrain_hf.data import (
     BarqDataCollator,
@@ -28,6 +27,7 @@ from barqtrain_hf.data import (
     TokenStore,
     tokenize,
 )
+from barqtrain_hf.data.batch import sequence_index
 from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.patching import PatchReport
 
@@ -166,6 +166,5 @@ class SFTCollator(BarqDataCollator):
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """As `BarqDataCollator`, with ``seq_idx``, int32 of shape ``[1, T]``."""
         batch = super().__call__(features)
-        lengths = batch["cu_seq_lens_q"].diff()
-        documents = torch.arange(len(lengths), dtype=torch.int32)
-        return {**batch, "seq_idx": documents.repeat_interleave(lengths)[None]}
+        batch["seq_idx"] = sequence_index(batch["cu_seq_lens_q"])  # in place: it is a PackedBatch
+        return batch

@@ -299,6 +299,7 @@ def test_batches_are_those_of_trls_collator() -> None:
         pad_token_id=0, padding_free=True
     )
     ours, theirs = SFTCollator()(rows), stock(rows)
+    assert ours.to("cpu").boundaries == ours["cu_seq_lens_q"].tolist()  # known on the host
     assert ours.pop("use_cache") is False and ours.keys() == theirs.keys()
     for key, value in theirs.items():
         if isinstance(value, torch.Tensor):
