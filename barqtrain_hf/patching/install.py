@@ -120,6 +120,8 @@ def unpatch_model(model: nn.Module, *, leaves: bool = True, fused_head: bool = T
         for bound in patches.head:
             bound.remove()
         patches.head.clear()
+    if leaves and fused_head:
+        patches.report = PatchReport()  # of what comes next; who has the old one keeps it
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -92,6 +92,16 @@ def test_config_chooses() -> None:
     assert counts(report) == {"glu": 2}
 
 
+def test_a_model_that_was_unpatched_has_a_new_report() -> None:
+    model = tiny_model("llama")
+    before = patch_model(model)
+    installed = dict(before.installed)
+    unpatch_model(model)
+    after = patch_model(model, {"rope": False, "linear_cross_entropy": False})
+    assert before.installed == installed and {"rope", "linear_cross_entropy"} <= set(installed)
+    assert set(after.installed) == set(installed) - {"rope", "linear_cross_entropy"}
+
+
 def test_no_class_and_no_random_state_is_touched() -> None:
     model = tiny_model("gemma2")
     classes = {type(m) for m in model.modules()}
