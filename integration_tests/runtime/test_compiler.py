@@ -26,10 +26,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "kernels"
 
 
+# Each generation of instructions; those between them, which cost minutes, are compiled by test.yml.
+GENERATIONS = ("75", "80", "90a", "120")
+
+
 # One test each, so that processes share the work.
-@pytest.mark.parametrize("arch", device.SHIPPED_ARCHITECTURES)
+@pytest.mark.parametrize("arch", GENERATIONS)
 @pytest.mark.parametrize("source", compiler.shipped_sources())
-def test_every_shipped_kernel_compiles_everywhere_without_spills(source: str, arch: str) -> None:
+def test_every_shipped_kernel_compiles_without_spills(source: str, arch: str) -> None:
     # On sm_75 this also proves that no bf16 instruction is used: ptxas refuses them there.
     program = compile_program(source, instantiations(source, arch), arch)
     assert program.cubin[:4] == b"\x7fELF"
