@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 
 import torch
 
+from barqtrain_hf.benchmarks.apart import run_apart
 from barqtrain_hf.benchmarks.harness import Report
 from barqtrain_hf.benchmarks.sft_run import WINDOW
 from barqtrain_hf.benchmarks.steps import MODEL
@@ -99,9 +97,7 @@ CASES: tuple[tuple[str, bool, tuple[Row, ...]], ...] = (
 )
 ROWS, LENGTH, STEPS, EXAMPLES = 4, 4096, 24, 16_000
 SPEED = 1.4  # the bar: times TRL's tokens per second
-_MINUTES = 3  # that a run may take
-_ALL_MINUTES = 9  # that all may take; those after it are not run
-_SHOWN = 160  # characters of a failure
+_MINUTES, _ALL_MINUTES = 3, 9  # that a run and all may take
 
 
 def run(
@@ -114,19 +110,22 @@ def run(
 ) -> Report:
     """Makes model, tokenizer and data, and runs every row of every case."""
     report = Report("sft")
-    end = time.monotonic() + 60 * _ALL_MINUTES
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = prepare(folder, MODEL if model is None else model, examples)
         sizes = {"rows": rows, "length": length, "documents": max(1, round(length / tokens))}
-        runs = [(case, checkpointing, way) for case, checkpointing, ways in cases for way in ways]
-        for case, checkpointing, way in sorted(runs, key=lambda run: run[2].turn):
-            argv = options(folder, way, checkpointing, sizes, steps)
-            seconds = min(60.0 * _MINUTES, end - time.monotonic())
-            row = run_apart(way.command, argv, folder, seconds)
+        ways = [(case, checkpointing, way) for case, checkpointing, of in cases for way in of]
+        turns = sorted(ways, key=lambda each: each[2].turn)
+        runs = [
+            (way.command, {"argv": options(folder, way, checkpointing, sizes, steps)})
+            for _, checkpointing, way in turns
+        ]
+        module = "barqtrain_hf.benchmarks.sft_run"
+        results = run_apart(module, runs, 60 * _MINUTES, 60 * _ALL_MINUTES, _environment(folder))
+        for (case, _, way), result in zip(turns, results, strict=True):
             about = {"case": case, "packs": way.packs, "apart": way.apart}
-            report.add(part="sft", implementation=way.name, **about, **row)
-    shown = [(case, way.name) for case, _, way in runs]
+            report.add(part="sft", implementation=way.name, **about, **result)
+    shown = [(case, way.name) for case, _, way in ways]
     report.rows.sort(key=lambda row: shown.index((row["case"], row["implementation"])))
     judge(report)
     return report
@@ -181,32 +180,14 @@ def options(
     ]
 
 
-def run_apart(command: str, argv: list[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """One run in a process of its own: its numbers, or why there are none."""
-    if seconds <= 0:
-        return {"unavailable": f"not run: {_ALL_MINUTES} minutes were over"}
-    child = [sys.executable, "-m", "barqtrain_hf.benchmarks.sft_run", command, json.dumps(argv)]
-    environment = {
-        "HF_HUB_OFFLINE": "1",  # nothing is needed from there
+def _environment(folder: Path) -> dict[str, str]:
+    """No hub, no cache of another run, one GPU."""
+    return {
+        "HF_HUB_OFFLINE": "1",
         **os.environ,
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }
-    try:
-        done = subprocess.run(
-            child,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=seconds,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return {"unavailable": f"took more than {seconds:.0f} seconds"}
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines()
-        return {"unavailable": lines[-1][:_SHOWN] if lines else f"exit code {error.returncode}"}
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def judge(report: Report) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from barqtrain_hf.benchmarks.apart import read_settings
+
 WARM = 4  # steps until what is compiled and allocated on first use is there
 WINDOW = 4  # steps that are timed together, and logged
 
@@ -87,5 +89,14 @@ def run(command: str, argv: list[str]) -> dict[str, float]:
     return {**result, "loss": clock.loss}
 
 
+def _import(command: str) -> None:
+    import peft  # noqa: F401
+    from trl import SFTTrainer  # noqa: F401
+
+    if command == "barqtrain":
+        from barqtrain_hf import BarqSFTTrainer  # noqa: F401
+
+
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1], json.loads(sys.argv[2]))))
+    _import(sys.argv[1])
+    print(json.dumps(run(sys.argv[1], **read_settings())))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from barqtrain_hf.benchmarks.apart import read_settings
 from barqtrain_hf.benchmarks.unsloth_model import unsloth_model
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,9 +53,6 @@ def run(
         batch, length: rows a step, tokens a row.
         steps: the first 4 are not timed.
     """
-    if trainer == "unsloth":
-        import unsloth  # noqa: F401  # before transformers, which it changes
-
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
     from transformers import TrainingArguments as Arguments
 
@@ -126,5 +124,15 @@ def run(
     }
 
 
+def _import(trainer: str) -> None:
+    if trainer == "unsloth":
+        import unsloth  # noqa: F401  # before transformers, which it changes
+    import peft  # noqa: F401
+    from transformers import LlamaForCausalLM, Trainer  # noqa: F401
+
+    from barqtrain_hf import BarqTrainer  # noqa: F401
+
+
 if __name__ == "__main__":
-    print(json.dumps(run(**json.loads(sys.argv[1]))))
+    _import(sys.argv[1])
+    print(json.dumps(run(**read_settings())))

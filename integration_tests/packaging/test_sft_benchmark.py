@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +51,6 @@ def test_both_commands_train_the_same(
     assert rows["barqtrain"]["loss"] == pytest.approx(rows["trl"]["loss"], abs=0.1)
 
 
-def test_runs_that_fail_or_come_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = iter(
-        [
-            subprocess.CalledProcessError(1, "python", stderr="Traceback\nImportError: no flash"),
-            subprocess.TimeoutExpired("python", 7),
-        ]
-    )
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise next(failures)
-
-    monkeypatch.setattr(subprocess, "run", fail)
-    found = [sft.run_apart("trl", [], tmp_path, seconds) for seconds in (7.0, 7.0, -1.0)]
-    assert [row["unavailable"] for row in found] == [
-        "ImportError: no flash",
-        "took more than 7 seconds",
-        "not run: 9 minutes were over",
-    ]
-
-
 def _report() -> Report:
     """Both cases, ours 1.5 times the best that keeps documents apart and 1.2 times the other."""
     speeds = {sft.OURS.name: 30.0, sft.BFD.name: 20.0, sft.WRAPPED.name: 25.0}
@@ -105,13 +84,13 @@ def test_table() -> None:
     assert any(line.endswith(bold) for line in lines)
 
 
-def test_time_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours is run first, and what may fail last; rows are told in the table's order."""
     order: list[list[str]] = []
 
-    def run_apart(command: str, argv: list[str], folder: Path, seconds: float) -> dict[str, Any]:
-        order.append([command, *argv])
-        return {"unavailable": "not tried"}
+    def run_apart(module: str, runs: Any, *_: Any) -> Any:
+        order.extend([command, *settings["argv"]] for command, settings in runs)
+        return ({"unavailable": "not tried"} for _ in runs)
 
     monkeypatch.setattr(sft, "run_apart", run_apart)
     monkeypatch.setattr(sft, "prepare", lambda *_: 32.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib.util
 from typing import Any
 
 import pytest
@@ -34,24 +34,27 @@ def test_both_trainers_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["tokens_per_second"] == pytest.approx(32e3 / ours["step_ms"])
 
 
-def test_a_run_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = iter(
-        [
-            subprocess.CalledProcessError(1, "python", stderr="Traceback\nImportError: no liger"),
-            subprocess.TimeoutExpired("python", 300),
-        ]
-    )
+def test_all_cases_are_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise next(failures)
+    def run_apart(module: str, runs: Any, *_: Any) -> Any:
+        assert importlib.util.find_spec(module) is not None
+        asked.extend(runs)
+        return ({"unavailable": f"number {number}"} for number in range(len(runs)))
 
-    monkeypatch.setattr(subprocess, "run", fail)
-    cases = (("LoRA", True, False, ("liger", "ours")),)
-    report = steps.run(SMALL, 2, 16, 12, cases)
-    assert [row.get("unavailable") for row in report.rows[:2]] == [
-        "ImportError: no liger",
-        "took more than 5 minutes",
-    ]
+    monkeypatch.setattr(steps, "run_apart", run_apart)
+    report = steps.run(SMALL, 2, 16, 12)
+    rows = [row for row in report.rows if row["part"] == "steps"]
+    assert len(rows) == 12
+    last = rows[11]
+    assert (last["case"], last["implementation"]) == ("all weights", "BarqTrainer")
+    assert last["unavailable"] == "number 11"
+    name, settings = asked[11]
+    assert name == "ours"
+    assert settings == {
+        **{"trainer": "ours", "lora": False, "checkpointing": False},
+        **{"config": SMALL, "batch": 2, "length": 16, "steps": 12},
+    }
 
 
 def test_a_table_without_stock() -> None:
