@@ -44,7 +44,7 @@ def run_apart(
 
     with ExitStack() as at_exit:
         children: dict[int, subprocess.Popen[str]] = {}
-        for number, (_, settings) in enumerate(runs):
+        for number, (name, settings) in enumerate(runs):
             for soon in range(number, min(number + 2, len(runs))):
                 if soon not in children:
                     children[soon] = start(runs[soon][0])
@@ -52,8 +52,12 @@ def run_apart(
             seconds = min(each_s, end - time.monotonic())
             if seconds <= 0:
                 yield {"unavailable": f"not run: {all_s / 60:g} minutes were over"}
-            else:
-                yield _result(children[number], settings, seconds)
+                continue
+            begin = time.monotonic()
+            result = _result(children[number], settings, seconds)
+            took = time.monotonic() - begin
+            print(f"{number + 1} of {len(runs)}, {name}: {took:.0f} s", file=sys.stderr, flush=True)
+            yield result
 
 
 def read_settings() -> dict[str, Any]:
