@@ -20,18 +20,21 @@ from barqtrain_hf.benchmarks import attention_anchors as anchors
 from barqtrain_hf.benchmarks import elementwise, outcomes
 from barqtrain_hf.benchmarks.attention_cases import (
     AUTO,
+    BARE,
     DENSE,
     ERRORS,
     HOST,
     PACKED,
+    PORTABLE,
     SHORT,
     Candidates,
     Case,
+    bare,
     candidates,
 )
 from barqtrain_hf.benchmarks.elementwise import OURS
 from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors, reason
-from barqtrain_hf.benchmarks.harness import Report
+from barqtrain_hf.benchmarks.harness import Report, time_host
 from barqtrain_hf.benchmarks.rounds import in_rounds, interleave
 from barqtrain_hf.ops._backend import Backend
 
@@ -189,6 +192,7 @@ def _measure_host(report: Report, case: Case, chosen: Candidates) -> None:
 
     for name, row in in_rounds(implementations, measure, _HOST_ROUNDS).items():
         rows[name] = row if "unavailable" in row else rows[name] | row
+    rows[BARE] = {"forward_us": time_host(bare(case, inputs))}
     rows.update({name: {"unavailable": why} for name, why in chosen.missing.items()})
     for name, row in rows.items():
         elementwise._add(report, **columns, implementation=name, **row)
@@ -226,11 +230,12 @@ def judge(report: Report) -> None:
     """
     bars: dict[str, list[float | None]] = {}
     for row in report.rows:
-        if "implementation" in row and row["implementation"] != OURS:
-            continue
-        if row["part"] == "dense":
-            bar = bars.setdefault("forward and backward at least FA2's TFLOP/s", [])
+        if row["part"] == "dense" and row["implementation"] in (OURS, PORTABLE):
+            kernels = "" if row["implementation"] == OURS else "portable kernels: "
+            bar = bars.setdefault(f"{kernels}forward and backward at least FA2's TFLOP/s", [])
             bar += [row.get(f"{direction}_of_rival") for direction in ("forward", "backward")]
+        elif row.get("implementation", OURS) != OURS:
+            continue
         elif row["part"] == "packed":
             share = row.get("forward_backward_of_rival")
             name = f"{row['shape']}: at most {row['flex_bar']} of flex_attention's time"

@@ -6,8 +6,8 @@ Positions of packed rows start again with each document, and so do the angles of
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,20 @@ import torch
 from barqtrain_hf.benchmarks import attention_anchors as anchors
 from barqtrain_hf.benchmarks.elementwise import OURS
 from barqtrain_hf.benchmarks.elementwise_anchors import Implementation, Tensors
-from barqtrain_hf.ops import Rope, apply_rope, flash_attention
+from barqtrain_hf.ops import (
+    Rope,
+    _attention_autograd,
+    _attention_kernels,
+    apply_rope,
+    flash_attention,
+)
+from barqtrain_hf.ops._attention_call import Call, call_for
+from barqtrain_hf.ops._attention_tilings import tiling_on
 from barqtrain_hf.ops._backend import Backend
 
 NO_ROPE, ROPE_BEFORE = "ours, without RoPE", "ours" + anchors.AFTER_ROPE
-AUTO = 'ours, backend="auto"'
+BARE = "ours, its buffers and launches alone"
+AUTO, PORTABLE = 'ours, backend="auto"', "ours, portable kernels (sm_80)"
 _THETA = 500_000.0
 
 
@@ -97,6 +106,49 @@ HOST = Case(1, 128, 64, (17, 64, 47), heads=4, key_heads=2)
 ERRORS = tuple(Case(2, 1000, dim, heads=8, key_heads=2) for dim in (64, 128))
 
 
+def portable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """`flash_attention` of dense rows by the kernels that an A100 gets, with mma.sync and cp.async."""
+    call = _portable_call(q.get_device(), q.dtype, q.shape, k.shape)
+    numbers = (None, call.causal, call.scale, call.window, call.softcap)
+    return _attention_autograd.apply(call, q, k, v, None, None, *numbers)
+
+
+@lru_cache
+def _portable_call(
+    device: int, dtype: torch.dtype, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
+) -> Call:
+    dim = q_shape[3]
+    call = call_for(device, dtype, q_shape, k_shape, False, None, True, dim**-0.5, None, None)
+    return replace(call, tiling=tiling_on((8, 0), dim, False))
+
+
+def bare(case: Case, inputs: Tensors) -> Callable[[], None]:
+    """What a forward call with RoPE cannot do without: its two buffers and two launches, all else known."""
+    q, k, v = (x.detach() for x in inputs)
+    rope, table = case.rope(q.dtype, "cuda"), case.boundaries("cuda")
+    angles = (rope.cos.shape, rope.cos.dtype, False)
+    numbers = (True, case.dim**-0.5, None, None)
+    call = call_for(q.get_device(), q.dtype, q.shape, k.shape, True, angles, *numbers)
+    tiles = _attention_kernels._tiles(call, call.tiling.forward.rows, False, table, None)
+    strides = (q.stride(), k.stride(), v.stride())
+    turn, attend = _attention_kernels._forward_plan(call, tiles.total, *strides)
+    out, kept = _attention_kernels.outputs(q, call.kept)
+    turned = (kept.data_ptr(), kept.data_ptr() + call.kept.k)
+    angled = (rope.cos.data_ptr(), rope.sin.data_ptr(), 0)
+    results = (out.data_ptr(), kept.data_ptr() + call.kept.lse, tiles.table.data_ptr())
+    loaded = (q.data_ptr(), k.data_ptr(), *angled, *turned)
+    attended = (*turned, v.data_ptr(), *results)
+
+    def run(_: object) -> None:
+        with torch.no_grad():
+            _attention_kernels.outputs(q, call.kept)
+            if turn is not None:
+                turn(call.device, *loaded)
+            attend[0](call.device, *attended)
+
+    return partial(run, (q, k, v, rope, tiles, out, kept))  # it keeps alive what is pointed to
+
+
 @dataclass(frozen=True)
 class Candidates:
     """All that compute one case, each with the one that it must agree with."""
@@ -123,6 +175,7 @@ def candidates(
         dense: dict[str, Callable[..., Any]] = {
             OURS: partial(flash_attention, backend=backend),
             AUTO: partial(flash_attention, backend="auto"),
+            PORTABLE: portable,
         }
         implementations = {name: Implementation(call) for name, call in dense.items()}
         stock = anchors.by_document((case.tokens,))

@@ -125,7 +125,8 @@ def host_table(reports: Sequence[Json]) -> list[str]:
     for row, case in rows_of(reports, "host", _op_case):
         cells = [unavailable(row), "", ""]
         if "unavailable" not in row:
-            cells = [f"{row[f'{name}_us']['median']:.1f}" for name in ("forward", "grad", "step")]
+            times = (row.get(f"{name}_us") for name in ("forward", "grad", "step"))
+            cells = ["" if time is None else f"{time['median']:.1f}" for time in times]
         lines.append(f"| {' | '.join([case, *bold([row['implementation'], *cells], row)])} |")
     return lines
 

@@ -132,7 +132,12 @@ def _tilings(capability: tuple[int, int], capped: bool) -> tuple[Tiling, ...]:
 @functools.cache
 def tiling(device: int, dim: int, capped: bool) -> Tiling:
     """The kernels for heads of ``dim`` dimensions, with capped scores or not."""
-    return next(t for t in _tilings(capability(device), capped) if dim <= t.dim)
+    return tiling_on(capability(device), dim, capped)
+
+
+def tiling_on(capability: tuple[int, int], dim: int, capped: bool) -> Tiling:
+    """The kernels on a GPU of a compute capability."""
+    return next(t for t in _tilings(capability, capped) if dim <= t.dim)
 
 
 @cached
