@@ -152,8 +152,10 @@ def test_import_changes_nothing_in_transformers() -> None:
         "before = [dict(vars(c)) for c in watched] + [dict(vars(m))]\n"
         "import barqtrain_hf\n"
         "for name in barqtrain_hf.__all__: getattr(barqtrain_hf, name)\n"
-        "import barqtrain_hf.ops, barqtrain_hf.data, barqtrain_hf.runtime\n"
+        "import barqtrain_hf.ops, barqtrain_hf.data, barqtrain_hf.patching, barqtrain_hf.runtime\n"
         "after = [dict(vars(c)) for c in watched] + [dict(vars(m))]\n"
+        "assert 'barq' not in transformers.AttentionInterface().valid_keys()\n"
+        "assert 'barq' not in transformers.AttentionMaskInterface().valid_keys()\n"
         "print(all(a[k] is b[k] for a, b in zip(after, before) for k in {*a, *b}))"
     )
     assert run(code) == "True"
