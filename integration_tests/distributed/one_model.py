@@ -120,10 +120,8 @@ def save(results: dict[str, Any], folder: str) -> None:
         (Path(folder) / "results.json").write_text(json.dumps(results))
 
 
-def run(script: str, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+def run(script: str, folder: Path) -> dict[str, Any]:
     """Runs a script that imports this module, on two ranks without GPU; what it saved."""
-    patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # FSDP2 and DeepSpeed would shard onto a GPU they see
     run_on_two_ranks(script, folder)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return results

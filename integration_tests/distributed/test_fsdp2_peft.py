@@ -32,9 +32,9 @@ save(results, sys.argv[1])
 """
 
 
-def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    results = one_model.run(SCRIPT, tmp_path, monkeypatch)
+    results = one_model.run(SCRIPT, tmp_path)
     assert len(results) == 9
     for case, result in results.items():
         adapters = ["lora"] if "lora" in case else []

@@ -146,7 +146,7 @@ def test_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     # DeepSpeed compiles its communication between CPUs with the ninja beside this Python.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    results = one_model.run(SCRIPT, tmp_path, monkeypatch)
+    results = one_model.run(SCRIPT, tmp_path)
     assert len(results) == 4
     for case, result in results.items():
         fallbacks = [list(HOOKED)] if "lora" in case else []
