@@ -59,6 +59,7 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	fi
 	touch $@
 
+# Python compiles what is imported; pip would compile all that was installed, three times as much.
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
