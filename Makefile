@@ -17,7 +17,7 @@ CHECKED := $(foreach check,debug-assertions overflow-checks,$(foreach crate,core
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # While pip waits for the network, cargo compiles.
 MAKEFLAGS += --jobs=2
-unexport MAKEFLAGS # cargo would look for a job server in it
+unexport MAKEFLAGS MFLAGS # cargo and rustdoc would look for a job server in them
 
 .PHONY: demo test test-rust lint lint-python lint-rust format clean
 
