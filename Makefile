@@ -10,10 +10,10 @@ SOURCES := pyproject.toml README.md $(shell find rust -name target -prune -o -ty
 
 export HF_HUB_OFFLINE := 1
 # Where clippy, the tests and the wheel find what another has built. All three use the release profile, so that
-# dependencies are compiled once; in tests our own crates keep the checks that a debug build has.
+# dependencies are compiled once; in tests our own crates, and what only tests need, are as in a debug build.
 export CARGO_TARGET_DIR := $(CURDIR)/rust/target
-CHECKED := $(foreach check,debug-assertions overflow-checks,$(foreach crate,core text,\
-  --config profile.release.package.barqtrain-$(crate).$(check)=true))
+DEBUG := $(foreach setting,debug-assertions=true overflow-checks=true opt-level=0,\
+  $(foreach crate,barqtrain-core barqtrain-text proptest,--config profile.release.package.$(crate).$(setting)))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # While pip waits for the network, cargo compiles.
 MAKEFLAGS += --jobs=2
@@ -29,7 +29,7 @@ test: lint-python test-rust
 	$(PYTEST)
 
 test-rust: lint-rust
-	cd rust && cargo test --release --quiet $(CHECKED)
+	cd rust && cargo test --release --quiet $(DEBUG)
 
 lint: lint-python lint-rust
 
