@@ -23,6 +23,7 @@ unexport MAKEFLAGS MFLAGS # cargo and rustdoc would look for a job server in the
 
 # The user's own data: make demo DATA=path. Further options: make demo ARGS="--seed 1".
 demo: $(VENV)/.demo
+	@echo "make demo: training a small model twice$(if $(DATA),,: about two minutes on two CPU cores)."
 	$(BIN)/barqtrain demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: lint-python test-rust
@@ -51,16 +52,21 @@ clean:
 	rm -rf $(VENV) rust/target demo-output
 
 $(BIN)/python:
+	@echo "make: creating $(VENV), where everything below goes; some seconds."
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(SOURCES) | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[bench]'
+	@echo "make demo: installing the package. pip downloads PyTorch and the rest, some GB, and cargo compiles"
+	@echo "the Rust part: minutes the first time, mostly the network's. Next time it starts at once."
+	$(BIN)/pip install --editable '.[bench]'
 	if command -v nvidia-smi >/dev/null; then \
+	  echo "make demo: installing CuPy, which compiles the CUDA kernels at their first use."; \
 	  $(BIN)/pip install --quiet --editable ".[cuda$$($(BIN)/python -c 'import torch; print(torch.version.cuda.split(".")[0])')]"; \
 	fi
 	touch $@
 
 # Python compiles what is imported; pip would compile all that was installed, three times as much.
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python
+	@echo "make: installing what tests, linters and the extras need; minutes and some GB the first time."
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
