@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from barqtrain_hf.cli import main
-from barqtrain_hf.cli.demo import run
+from barqtrain_hf.cli.demo import callbacks, run
 from barqtrain_hf.cli.demo.callbacks import Bar
 from barqtrain_hf.cli.demo.scale import CPU, build_model
 from barqtrain_hf.cli.demo.tokenizer import IGNORE_INDEX
@@ -69,6 +70,19 @@ def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
     assert model.generate(**ids, max_new_tokens=4).shape[1] > ids["input_ids"].shape[1]
+
+
+def test_progress_where_output_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(callbacks, "SECONDS_PER_LINE", 0.0)
+    assert _demo(tmp_path, "--no_baseline", "--max_steps", "3") == 0
+    printed = capsys.readouterr().out
+    for step in (1, 2, 3):
+        line = rf"^BarqTrainer, packed: step {step} of 3  loss \d.* tok/s$"
+        assert re.search(line, printed, re.M), printed
+    for stage in ("training a tokenizer", "Scoring the untrained model", "Scoring it"):
+        assert stage in printed
 
 
 def test_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

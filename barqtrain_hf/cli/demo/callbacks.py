@@ -20,6 +20,9 @@ from rich.progress import (
 )
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+# Between lines of progress, where output is no terminal.
+SECONDS_PER_LINE = 10.0
+
 
 class CountingCollator:
     """A collator that also counts: tokens of documents, and slots the model computes.
@@ -137,7 +140,7 @@ class Interrupt(TrainerCallback):
 
 
 class Bar(TrainerCallback):
-    """A progress bar in place of Trainer's printed logs.
+    """A progress bar in place of Trainer's printed logs; in a file or a pipe, a line every so often.
 
     Args:
         title: what is training.
@@ -152,6 +155,9 @@ class Bar(TrainerCallback):
             TimeRemainingColumn(elapsed_when_finished=True),
         )
         self._task = self._progress.add_task(title, total=None, shown="")
+        console = self._progress.console
+        self._moves = console.is_interactive or console.is_jupyter
+        self._line_due = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,6 +165,7 @@ class Bar(TrainerCallback):
         """Shows the bar."""
         self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
         self._progress.start()
+        self._line_due = time.monotonic() + SECONDS_PER_LINE
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +182,11 @@ class Bar(TrainerCallback):
             speed = entry["real_tokens"] / entry["real_seconds"]
             shown = f"loss {float(entry['loss']):.3f}  {speed:,.0f} tok/s"
             self._progress.update(self._task, shown=shown)
+            if not self._moves and time.monotonic() >= self._line_due:
+                self._line_due = time.monotonic() + SECONDS_PER_LINE
+                title = self._progress.tasks[0].description
+                line = f"{title}: step {state.global_step:,} of {state.max_steps:,}  {shown}"
+                self._progress.console.print(line, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -60,6 +60,7 @@ def _run(
     arguments: DemoArguments, state: dict[str, Any], scale: Scale, folder: Path, console: Console
 ) -> int:
     console.print(f"{state['device']}, torch {state['versions']['torch']}")
+    console.print("Preparing the data and training a tokenizer on it …")
     workload = _workload(arguments, scale)
     _check_data(state, workload, arguments)
     state["status"] = "running"
@@ -70,6 +71,7 @@ def _run(
     if "before" not in state:
         model = build_model(scale, workload.tokenizer, arguments.seed)
         state["settings"]["parameters"] = model.num_parameters()
+        console.print("Scoring the untrained model on what is held out …")
         state["before"] = evaluate(_place(model, arguments), workload).to_json()
         record.write(state, folder)
         del model
@@ -80,7 +82,7 @@ def _run(
     names: tuple[TrainerName, ...] = ("barq",) if arguments.no_baseline else ("barq", "stock")
     for name in names:
         if name not in state["runs"] and not _train(
-            name, arguments, state, workload, scale, folder
+            name, arguments, state, workload, scale, folder, console
         ):
             raise KeyboardInterrupt  # Ctrl-C was heard; the checkpoint is written
     state["status"] = "done"
@@ -108,6 +110,7 @@ def _train(
     workload: Workload,
     scale: Scale,
     folder: Path,
+    console: Console,
 ) -> bool:
     """One training run and its scores, put into ``state``; False if Ctrl-C ended it."""
     model = build_model(scale, workload.tokenizer, arguments.seed)
@@ -123,6 +126,7 @@ def _train(
     )
     if result is None:
         return False
+    console.print("Scoring it on what is held out …")
     scores = evaluate(model, workload)
     if name == "barq":
         model.save_pretrained(folder / "model")
