@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from barqtrain_hf.data.batch import packed_batch, sequence_index
-from barqtrain_hf.data.dataset import PackedRow
+from barqtrain_hf.data.dataset import PackedItem, PackedRow
 from barqtrain_hf.data.packing import non_negative_int, positive_int
 from barqtrain_hf.data.rows import IGNORE_INDEX, join, read_row
 from barqtrain_hf.errors import DataError
@@ -102,3 +103,11 @@ class BarqDataCollator:
 
         boundaries = np.append(0, ends).astype(np.int32)
         return packed_batch(input_ids, labels, positions, boundaries, int(lengths.max()))
+
+
+def _collate_by_default(batch: Sequence[Mapping[str, Any]], **_: Any) -> dict[str, Any]:
+    return BarqDataCollator()(batch)
+
+
+# A DataLoader without a collator would stack rows that are equally long, and lose where documents begin.
+default_collate_fn_map.update({PackedRow: _collate_by_default, PackedItem: _collate_by_default})

@@ -48,6 +48,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     rows are a pure function of the document lengths, ``max_length``, ``seed`` and the epoch
     (`repack`).
 
+    Rows become a batch by `BarqDataCollator`, which `BarqTrainer` and a plain DataLoader take by
+    themselves; pass it as ``data_collator`` to a stock Trainer. Rows stacked by another collator would
+    not keep documents apart in every model.
+
     Args:
         dataset: sized and indexable, or `DataFiles`; rows are dicts with ``input_ids`` and ``labels``
             (lists, tensors or arrays, equally long). Masks, ``seq_lengths`` and ``position_ids`` are
@@ -167,6 +171,11 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
+    def __repr__(self) -> str:
+        size = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens"
+        rows = f"{len(self):,} rows of {self.max_length:,}, {self.fill:.1%} full"
+        return f"<PackedDataset {size} in {rows}>"
+
     def __getitem__(self, index: SupportsIndex) -> dict[str, torch.Tensor]:
         """The packed row: int64 tensors, ready for `BarqDataCollator`.
 
@@ -181,14 +190,14 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if not 0 <= row < len(self):
             raise IndexError(f"row {index} of a PackedDataset with {len(self)} rows")
         input_ids, labels, positions, boundaries, _ = self._assemble([row], None)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(labels),
+        return PackedItem(
+            input_ids=torch.from_numpy(input_ids),
+            labels=torch.from_numpy(labels),
             # They too say where documents begin: Trainer takes what is no argument of the model,
             # such as seq_lengths, out of each row before it collates.
-            "position_ids": torch.from_numpy(positions),
-            "seq_lengths": torch.from_numpy(np.diff(boundaries).astype(np.int64)),
-        }
+            position_ids=torch.from_numpy(positions),
+            seq_lengths=torch.from_numpy(np.diff(boundaries).astype(np.int64)),
+        )
 
     def __getitems__(self, indices: Sequence[SupportsIndex]) -> list[PackedRow]:
         """What a DataLoader hands to its collator: rows that `BarqDataCollator` makes a batch of at once."""
@@ -235,6 +244,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             )
         except ValueError as error:
             raise DataError(str(error)) from None
+
+
+class PackedItem(dict[str, torch.Tensor]):
+    """A row's tensors, of a type by which torch's default collation knows them."""
 
 
 class PackedRow(Mapping[str, torch.Tensor]):

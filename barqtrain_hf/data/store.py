@@ -109,6 +109,10 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __repr__(self) -> str:
+        size = f"{len(self):,} documents, {len(self.input_ids):,} tokens"
+        return f"<TokenStore {self.path.name}: {size}>"
+
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker maps the file itself; by then the name may be another file's.
         return _unpickle, (type(self), self.path, self._key, self._checksum)

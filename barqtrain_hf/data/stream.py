@@ -150,6 +150,15 @@ class PackedStream(torch.utils.data.IterableDataset[PackedBatch]):
         self._losses, self._left_out, self._warned = _NO_LOSSES, 0, False
         self._began = self._waited = 0.0
 
+    def __repr__(self) -> str:
+        known = self._source.size
+        documents = "documents" if known is None else f"{known:,} documents"
+        batches = f"batches of {self.batch_size} rows of {self.max_length:,}"
+        epoch, window, row = self._next
+        done = 0 if window is None else window.packed(row).rows
+        at = f"rank {self.rank} of {self.world_size}, epoch {epoch} after {done:,} rows"
+        return f"<PackedStream {documents} in {batches}; {at}>"
+
     def set_epoch(self, epoch: int) -> None:
         """The next iteration begins this epoch; without a call it is the one after the last.
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from barqtrain_hf import _rust
 from barqtrain_hf.data.packing import num_threads
-from barqtrain_hf.errors import ArgumentError, DataError, UnsupportedError
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
 
 Span = tuple[int, int]
 """Characters of a text, from the first to before the second."""
@@ -47,11 +47,16 @@ class FastTokenizer:
     Raises:
         UnsupportedError: the tokenizer has no fast version, or adds something of its own in Python.
         ArgumentError: ``append_eos`` without an ``eos_token``.
+        ArgumentTypeError: ``tokenizer`` is a name.
     """
 
     def __init__(
         self, tokenizer: Any, *, add_special_tokens: bool = True, append_eos: bool = True
     ) -> None:
+        if isinstance(tokenizer, (str, os.PathLike)):
+            raise ArgumentTypeError(
+                f"tokenizer is {tokenizer!r}, a name: pass AutoTokenizer.from_pretrained({str(tokenizer)!r})."
+            )
         backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if not getattr(tokenizer, "is_fast", False) or not hasattr(backend, "to_str"):
             raise UnsupportedError(

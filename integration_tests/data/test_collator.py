@@ -210,3 +210,16 @@ def test_bad_arguments_are_refused():
         BarqDataCollator(pad_to_multiple_of="8")
     with pytest.raises(ArgumentError, match="pad_token_id is -1"):
         BarqDataCollator(pad_token_id=-1)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_plain_loader_collates_rows_as_ours_does(size, in_parts):
+    documents = [document(n, n + 1) for n in range(1, 33, 2)]
+    packed = PackedDataset(documents, 4)  # rows of equal length, which could be stacked
+    dataset = torch.utils.data.ConcatDataset([packed]) if in_parts else packed
+    batches = list(torch.utils.data.DataLoader(dataset, batch_size=size))
+    assert len(batches) == 8 // size
+    for at, batch in enumerate(batches):
+        rows = [packed[at * size + row] for row in range(size)]
+        assert as_lists(batch) == as_lists(BarqDataCollator()(rows))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_tokenizers import small_tokenizer
 
-from barqtrain_hf.data import BarqDataCollator, PackedDataset
+from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream, tokenize
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError
 
 
@@ -404,3 +405,18 @@ def test_mixing_costs_almost_no_fill():
     flat = np.zeros(lengths.max(), dtype=np.int64)
     documents = [{"input_ids": flat[:n], "labels": flat[:n]} for n in lengths]
     assert PackedDataset(documents, 4096).fill > 0.999
+
+
+def test_each_says_in_a_line_what_it_is(tmp_path):
+    texts = ["one text", "and another one"] * 3
+    store = tokenize(texts, small_tokenizer(), tmp_path / "texts.barq")
+    packed = PackedDataset(store, 64)
+    size = f"6 documents, {packed.num_tokens} tokens"
+    assert repr(store) == f"<TokenStore texts.barq: {size}>"
+    assert repr(packed) == f"<PackedDataset {size} in 1 rows of 64, {packed.fill:.1%} full>"
+    stream = PackedStream(texts, 16, tokenizer=small_tokenizer(), batch_size=2)
+    begin = "<PackedStream 6 documents in batches of 2 rows of 16; rank 0 of 1, epoch 0 after"
+    assert repr(stream) == f"{begin} 0 rows>"
+    next(iter(stream))
+    assert repr(stream) == f"{begin} 2 rows>"
+    assert "PackedStream documents in batches" in repr(PackedStream(iter(texts), 16))

@@ -16,7 +16,7 @@ from small_tokenizers import KINDS, TEXTS, small_tokenizer
 
 from barqtrain_hf.data import FastTokenizer
 from barqtrain_hf.data.packing import num_threads
-from barqtrain_hf.errors import ArgumentError, DataError, UnsupportedError
+from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
 
 tokenizer_of = functools.cache(small_tokenizer)
 
@@ -211,3 +211,8 @@ def test_tokenizers_that_cannot_be_run_are_refused():
 def test_what_is_no_text_is_named(texts, message):
     with pytest.raises(DataError, match=message):
         fast_of("byte_level", True).encode(texts)
+
+
+def test_a_name_is_no_tokenizer():
+    with pytest.raises(ArgumentTypeError, match=r"'gpt2', a name: pass AutoTokenizer.from_pretr"):
+        FastTokenizer("gpt2")
