@@ -11,12 +11,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from barqtrain_hf.config import BarqConfig
 from barqtrain_hf.patching import PatchReport, asks_for_trl_head, patch_model, unpatch_model
+from barqtrain_hf.patching.head import OP as HEAD
 
 logger = logging.getLogger(__name__)
 
-_UNDER_STOCK = (
-    "linear_cross_entropy: a stock Trainer asks for logits; BarqTrainer for the loss without them"
-)
+_UNDER_STOCK = "a stock Trainer asks for logits; BarqTrainer for the loss without them"
 _UNDER_TRL = (
     "fused_lm_head: for supervised fine-tuning, BarqSFTTrainer also takes the loss's gradient in the "
     "forward pass, waits for metrics only when it logs, and packs"
@@ -81,10 +80,18 @@ class BarqKernelsCallback(TrainerCallback):
             if wanted and reason is not None:
                 self.report.forget(op)
                 self.report.skip(op, "", reason)
-        note = _UNDER_TRL if trl else _UNDER_STOCK
-        if not self.of_our_trainer and note not in self.report.notes:
-            self.report.notes.append(note)
+        self._say_what_is_missing(self.report, trl)
         logger.info("%s", self.report)
+
+    def _say_what_is_missing(self, report: PatchReport, trl: bool) -> None:
+        """What a BarqTrainer or BarqSFTTrainer would do beyond what a trainer does with the callback."""
+        report.unused.pop(HEAD, None)
+        if self.of_our_trainer:
+            return
+        if not trl:
+            report.unused[HEAD] = _UNDER_STOCK
+        elif _UNDER_TRL not in report.notes:
+            report.notes.append(_UNDER_TRL)
 
     def on_train_end(
         self,

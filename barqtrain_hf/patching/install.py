@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from barqtrain_hf.config import BarqConfig
+from barqtrain_hf.errors import ArgumentTypeError
 from barqtrain_hf.patching import (
     activations,
     attention,
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_barq_patches"
 # One file per kind of layer, in the order in which they look at the model.
 _KINDS = (norms, glu, experts, activations, rope, attention, lora)
+_NO_GPU = "no CUDA device: what is installed runs as its PyTorch reference, not as a kernel"
 _LEAF_OPS = ("rms_norm", "layer_norm", "glu", "rope", "attention", "lora")
 
 
@@ -77,7 +80,11 @@ def patch_model(
 
     Returns:
         What was installed, what was not and why; it keeps counting fallbacks while the model runs.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no module, such as a name.
     """
+    check_module("model", model)
     config = BarqConfig.load(config)
     base = unwrap(model)
     patches = base.__dict__.setdefault(_ATTRIBUTE, _Patches())
@@ -99,9 +106,13 @@ def patch_model(
             ops.add(lora.OP)
         _bind_leaves(base, ops, patches)
     reason = cuda_unavailable_reason()
-    if reason is not None and torch.cuda.is_available() and reason not in patches.report.notes:
-        patches.report.notes.append(reason)
-        logger.warning("barqtrain_hf runs without its CUDA kernels: %s", reason)
+    if reason is not None:
+        is_mistake = torch.cuda.is_available()
+        note = reason if is_mistake else _NO_GPU
+        if note not in patches.report.notes:
+            patches.report.notes.append(note)
+            if is_mistake:
+                logger.warning("barqtrain_hf runs without its CUDA kernels: %s", reason)
     return patches.report
 
 
@@ -110,7 +121,11 @@ def unpatch_model(model: nn.Module, *, leaves: bool = True, fused_head: bool = T
 
     The root's forward stays where another package has wrapped it since (accelerate's autocast does):
     it is inert, and taking it out would take the wrapper with it.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no module, such as a name.
     """
+    check_module("model", model)
     patches = unwrap(model).__dict__.get(_ATTRIBUTE)
     if patches is None:
         return
@@ -128,6 +143,21 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DDP, FSDP, DeepSpeed and PEFT wrappers."""
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
+
+
+def check_module(name: str, model: Any) -> None:
+    """Refuses what is no model; a name or a path is the usual mistake.
+
+    Raises:
+        ArgumentTypeError: with what to pass.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, (str, os.PathLike)):
+        load = f"AutoModelForCausalLM.from_pretrained({str(model)!r})"
+        raise ArgumentTypeError(f"{name} is {model!r}, a name: load it first and pass {load}.")
+    given = model.__name__ if isinstance(model, type) else f"of type {type(model).__name__}"
+    raise ArgumentTypeError(f"{name} is {given}: pass a model, an instance of torch.nn.Module.")
 
 
 def asks_for_trl_head(model: nn.Module) -> bool:

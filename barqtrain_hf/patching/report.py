@@ -12,6 +12,7 @@ class PatchReport:
         installed: op to the names of the modules that use it.
         skipped: (op, reason) to the names of the modules that keep their stock forward.
         fallbacks: (op, reason) to how many calls took the stock forward although installed.
+        unused: op to the reason why nobody asks for it, although installed.
         notes: what holds for all ops, such as why no CUDA kernel can run.
     """
 
@@ -19,6 +20,7 @@ class PatchReport:
         self.installed: dict[str, list[str]] = {}
         self.skipped: dict[tuple[str, str], list[str]] = {}
         self.fallbacks: Counter[tuple[str, str]] = Counter()
+        self.unused: dict[str, str] = {}
         self.notes: list[str] = []
 
     def add(self, op: str, module: str) -> None:
@@ -38,15 +40,26 @@ class PatchReport:
         """Records one call that took the stock forward."""
         self.fallbacks[op, reason] += 1
 
+    def __repr__(self) -> str:
+        parts = [f"{op} ×{len(modules)}" for op, modules in self.installed.items()]
+        text = f"installed: {', '.join(parts) or 'nothing'}"
+        if self.skipped:
+            text += f"; not everywhere: {', '.join(dict.fromkeys(op for op, _ in self.skipped))}"
+        if self.fallbacks:
+            text += f"; {self.fallbacks.total():,} calls took the stock forward"
+        return f"<PatchReport {text}; print it for the reasons>"
+
     def __str__(self) -> str:
         lines = ["barqtrain_hf:", *(f"  {note}" for note in self.notes)]
         for op, modules in self.installed.items():
-            lines.append(f"  {op}: installed in {_count(modules)}")
+            reason = self.unused.get(op)
+            how = f", but not used: {reason}" if reason else ""
+            lines.append(f"  {op}: installed in {_count(modules)}{how}")
         for (op, reason), modules in self.skipped.items():
             lines.append(f"  {op}: not in {_count(modules)}: {reason}")
         for (op, reason), calls in self.fallbacks.items():
             lines.append(f"  {op}: {calls} calls took the stock forward: {reason}")
-        if len(lines) == 1:
+        if not (self.installed or self.skipped or self.fallbacks):
             lines.append("  nothing to install")
         return "\n".join(lines)
 

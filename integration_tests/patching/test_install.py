@@ -21,6 +21,7 @@ from side_by_side import (
 from torch import nn
 
 from barqtrain_hf import BarqConfig, patch_model, unpatch_model
+from barqtrain_hf.errors import ArgumentTypeError
 from barqtrain_hf.patching import FusedLoss, head_unsupported, probe
 
 IDS = torch.arange(3, 23)[None]
@@ -236,7 +237,38 @@ def test_probes_work_in_full_precision(setting: str) -> None:
 
 
 def test_report_of_nothing() -> None:
-    assert "nothing to install" in str(patch_model(nn.ReLU(), {"linear_cross_entropy": False}))
+    report = patch_model(nn.ReLU(), {"linear_cross_entropy": False})
+    assert "nothing to install" in str(report)
+    assert repr(report) == "<PatchReport installed: nothing; print it for the reasons>"
+
+
+def test_report_in_a_line_and_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from barqtrain_hf.patching import install
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(install, "cuda_unavailable_reason", lambda: "torch sees no CUDA device")
+    model = tiny_model("llama")
+    report = patch_model(model)
+    model.model.norm(torch.randn(2, 5, 32).double())
+    assert repr(patch_model(model)).startswith(
+        "<PatchReport installed: linear_cross_entropy ×1, rms_norm ×5, glu ×2, rope ×2; not everywhere: "
+    )
+    assert "; 1 calls took the stock forward; print it" in repr(report)
+    assert str(report).count("no CUDA device: what is installed runs as its PyTorch reference") == 1
+
+
+@pytest.mark.parametrize("patch", [patch_model, unpatch_model])
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("gpt2", r"model is 'gpt2', a name: load it first .*from_pretrained\('gpt2'\)"),
+        (None, "model is of type NoneType: pass a model"),
+        (nn.ReLU, "model is ReLU: pass a model, an instance"),
+    ],
+)
+def test_what_is_no_model(patch: Any, wrong: Any, words: str) -> None:
+    with pytest.raises(ArgumentTypeError, match=words):
+        patch(wrong)
 
 
 def test_fp64_is_left_alone() -> None:
