@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from typing import Any
 
 import torch
@@ -31,12 +32,13 @@ from barqtrain_hf.config import BarqConfig, check_liger
 from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
 from barqtrain_hf.data.batch import PackedBatch
 from barqtrain_hf.data.ranks import LINEAR_COST, BalancedBatches
-from barqtrain_hf.errors import DataError, UnsupportedError
+from barqtrain_hf.errors import ArgumentTypeError, DataError, UnsupportedError
 from barqtrain_hf.loss_filter import LossFilter
 from barqtrain_hf.metrics_callback import BarqMetricsCallback
 from barqtrain_hf.patching import (
     FusedLoss,
     PatchReport,
+    check_module,
     head_unsupported,
     raise_bad_target,
     unwrap,
@@ -62,16 +64,20 @@ class BarqTrainer(Trainer):
             (nn.DataParallel); a `PackedStream` as eval_dataset, or with workers of a DataLoader.
         ArgumentError: a `PackedStream` without max_steps.
         DataError: an empty train_dataset.
+        ArgumentTypeError: a name in place of a model or a data set, or other arguments of the wrong type.
     """
 
     # Of the stock trainer whose place this takes; a subclass may take another's.
     _stock_signature = inspect.signature(Trainer.__init__)
+    _loads_models = False  # by their names, as TRL's trainers do
+    _loading = "Pass PackedDataset(tokenize(files, tokenizer, path), max_length)."
 
     @functools.wraps(Trainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = self._stock_signature.bind(self, *args, **kwargs).arguments
         given.pop("self")
         training_args = given.get("args")
+        self._check_types(given)
         self._kernels = _kernels_callback(training_args)
         if self._kernels is not None:
             # Among the callbacks it is told of the model as soon as there is one.
@@ -104,6 +110,8 @@ class BarqTrainer(Trainer):
             check_liger(self.args, self._kernels.config)
             self._kernels.install_head(self.model)
         self._loss_filter = LossFilter(self)
+        self._start = _Start()
+        self.add_callback(self._start)
         if not self._metrics_callbacks():
             self.add_callback(BarqMetricsCallback())
         if isinstance(self.train_dataset, PackedDataset):
@@ -113,12 +121,32 @@ class BarqTrainer(Trainer):
             self._stream = self._stream or StreamTraining(self.train_dataset, self.args)
             self.add_callback(self._stream)
 
+    def _check_types(self, given: dict[str, Any]) -> None:
+        """What Trainer would fail on later, in words that name no argument."""
+        model, args = given.get("model"), given.get("args")
+        if model is not None and not (self._loads_models and isinstance(model, str)):
+            check_module("model", model)
+        if args is not None and not isinstance(args, TrainingArguments):
+            raise ArgumentTypeError(
+                f"args is of type {type(args).__name__}: pass BarqTrainingArguments(output_dir=…)."
+            )
+        for name in ("train_dataset", "eval_dataset"):
+            if isinstance(given.get(name), (str, os.PathLike)):
+                raise ArgumentTypeError(
+                    f"{name} is {given[name]!r}, a name: load it first. {self._loading}"
+                )
+
     @property
     def barq_report(self) -> PatchReport:
         """What is installed in the model, what is not and why; print it to read it."""
         if self._kernels is None or self._kernels.report is None:
             return PatchReport()
         return self._kernels.report
+
+    @property
+    def steps_trained(self) -> int:
+        """Optimizer steps of the last training: 0 where the checkpoint that it resumed from was the last."""
+        return max(0, self.state.global_step - self._start.step)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer; batches in pinned memory are copied while the device works, not after it."""
@@ -137,7 +165,9 @@ class BarqTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As in Trainer; the stock forwards are back afterwards, whatever happened.
+        """As in Trainer; the stock forwards of the layers are back afterwards, whatever happened.
+
+        That of the LM head stays for `evaluate`, and is the stock one unless it is asked for the loss.
 
         With ``resume_from_checkpoint=True`` checkpoints that a killed run did not finish are passed over.
 
@@ -153,7 +183,15 @@ class BarqTrainer(Trainer):
                 self._stream.begin(self.args, resume_from_checkpoint or None)
             if self._kernels is not None and self.model is not None:
                 self._kernels.install_head(self.model)  # the head may have been replaced since
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            if not self.steps_trained:
+                logger.warning(
+                    "There was nothing left to train: the checkpoint is of step %d of %d. Raise "
+                    "num_train_epochs or max_steps to go on.",
+                    self.state.global_step,
+                    self.state.max_steps,
+                )
+            return result
         finally:
             for metrics in self._metrics_callbacks():
                 metrics.close()
@@ -314,6 +352,8 @@ class BarqTrainer(Trainer):
             ArgumentError: a label outside the vocabulary in a step of a compiled model since the last call.
         """
         raise_bad_target()
+        if "train_loss" in logs and not self.steps_trained:
+            del logs["train_loss"]  # the mean of no steps, which Trainer says is 0
         super().log(logs, *args, **kwargs)
 
     @functools.cached_property
@@ -326,6 +366,17 @@ class BarqTrainer(Trainer):
         if name not in inputs or not hasattr(self.model, "num_parameters"):
             return 0
         return 6 * int(inputs[name].numel()) * self._matrix_parameters
+
+
+class _Start(TrainerCallback):
+    """Remembers the step that training began at."""
+
+    step = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step = state.global_step
 
 
 class _Repack(TrainerCallback):

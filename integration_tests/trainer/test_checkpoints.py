@@ -39,7 +39,9 @@ def test_resume_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_finished_run_is_not_trained_on(packed: bool, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_trained_on(
+    packed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Killed after its last checkpoint a run is resumed there, in the middle of an epoch."""
     runs = []
     for resume in (None, True):
@@ -48,6 +50,10 @@ def test_a_finished_run_is_not_trained_on(packed: bool, tmp_path: Path) -> None:
         trainer.train(resume_from_checkpoint=resume)
         runs.append(trainer)
     whole, resumed = runs
+    assert (whole.steps_trained, resumed.steps_trained) == (6, 0)
+    assert caplog.text.count("nothing left to train: the checkpoint is of step 6 of 6") == 1
+    ends = [[e for e in run.state.log_history if "train_runtime" in e][-1] for run in runs]
+    assert ["train_loss" in entry for entry in ends] == [True, False]
     assert resumed.state.global_step == 6 and losses(resumed) == losses(whole)
     for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import VOCABULARY, tiny_model
 from test_parity import Rows, arguments
+from transformers import LlamaConfig
 
 from barqtrain_hf import BarqConfig, BarqTrainer, BarqTrainingArguments
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
@@ -102,3 +103,26 @@ def test_a_label_that_no_step_could_look_at_stops_at_the_next_log(tmp_path: Path
     with pytest.raises(ArgumentError, match=r"target\[1\] = -5 is outside"):
         trainer.log({"loss": 1.0})
     trainer.log({"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (
+            {"model": "gpt2"},
+            r"model is 'gpt2', a name: .*AutoModelForCausalLM.from_pretrained\('gpt2",
+        ),
+        ({"model": LlamaConfig}, "model is LlamaConfig: pass a model, an instance of"),
+        ({"args": "out"}, r"args is of type str: pass BarqTrainingArguments\(output_dir"),
+        ({"train_dataset": "a.jsonl"}, "train_dataset is 'a.jsonl', a name: .* PackedDataset"),
+        ({"eval_dataset": Path("a.jsonl")}, "eval_dataset is .*, a name"),
+    ],
+)
+def test_arguments_of_the_wrong_type(wrong: dict[str, Any], words: str, tmp_path: Path) -> None:
+    given = {
+        "model": tiny_model("llama"),
+        "args": BarqTrainingArguments(**arguments(tmp_path)),
+        "train_dataset": Rows(4, seed=0),
+    }
+    with pytest.raises(ArgumentTypeError, match=words):
+        BarqTrainer(**{**given, **wrong})

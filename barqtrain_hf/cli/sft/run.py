@@ -64,6 +64,12 @@ def run(options: Options) -> int:
         console.print(f"\n{trainer.barq_report}", soft_wrap=True)
         console.print()
         console.print(summary.table(trainer, result))
+        if not trainer.steps_trained:
+            console.print(
+                f"There was nothing left to train: the checkpoint is of step {result.global_step:,} of "
+                f"{trainer.state.max_steps:,}. Raise --num_train_epochs or --max_steps to go on.",
+                soft_wrap=True,
+            )
         console.print(f"Model saved to {training.output_dir}.", soft_wrap=True)
         if training.push_to_hub:
             where = f"https://huggingface.co/{trainer.hub_model_id}"

@@ -15,13 +15,13 @@ def table(trainer: Any, result: Any) -> Table:
         result: what its ``train`` returned.
     """
     made = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for label, value in rows(trainer.state.log_history, result):
+    for label, value in rows(trainer.state.log_history, result, trainer.steps_trained):
         made.add_row(label, value)
     return made
 
 
-def rows(history: list[dict[str, float]], result: Any) -> list[tuple[str, str]]:
-    """Labels and values, from what was logged."""
+def rows(history: list[dict[str, float]], result: Any, trained: int) -> list[tuple[str, str]]:
+    """Labels and values, from what was logged; of time and speed only if any steps were ``trained`` now."""
     logged = [entry for entry in history if "loss" in entry]
     evaluated = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     seconds = result.metrics.get("train_runtime", 0.0)
@@ -29,16 +29,18 @@ def rows(history: list[dict[str, float]], result: Any) -> list[tuple[str, str]]:
     tokens = max((int(entry.get("num_tokens", 0)) for entry in history), default=0)
     if tokens:
         found.append(("tokens", f"{tokens:,}"))
-    found.append(("training time", f"{seconds:,.1f} s"))
-    speed = tokens_per_second(logged)
-    if speed is None and tokens and seconds:
+    if trained:
+        found.append(("training time", f"{seconds:,.1f} s"))
+    speed = tokens_per_second(logged) if trained else None
+    if speed is None and tokens and seconds and trained:
         speed = tokens / seconds
     if speed is not None:
         found.append(("tokens/s", f"{speed:,.0f}"))
     peak = max((entry.get("peak_memory_gib", 0.0) for entry in logged), default=0.0)
     if peak:
         found.append(("peak memory", f"{peak:.2f} GiB"))
-    found.append(("mean loss", f"{result.training_loss:.4f}"))
+    if trained:
+        found.append(("mean loss", f"{result.training_loss:.4f}"))
     if logged:
         found.append(("final loss", f"{logged[-1]['loss']:.4f}"))
     if evaluated:
