@@ -204,6 +204,36 @@ def test_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("scoring", [2, 3])
+def test_resumed_after_its_last_step(
+    scoring: int,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = 0
+
+    def evaluate(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == scoring:  # the first is before training
+            raise _Stop
+        return scores(*args)
+
+    scores = run.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", evaluate)
+        with pytest.raises(_Stop):
+            _demo(tmp_path, "--max_steps", "12")
+    assert _demo(tmp_path, "--resume") == 0
+    assert "All 12 steps were trained before" in capsys.readouterr().out
+    expected, resumed = (_record(folder)["runs"] for folder in (whole, tmp_path))
+    for name in ("barq", "stock"):
+        for key in ("steps", "tokens", "padding", "scores"):
+            assert resumed[name][key] == expected[name][key], (name, key)
+
+
 def test_what_cannot_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _demo(tmp_path, "--resume") == 2
     assert "demo.json is missing" in capsys.readouterr().err

@@ -33,9 +33,8 @@ class CountingCollator:
 
     def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> None:
         self._collate = collate
-        self.tokens = self.slots = 0
         # The loader collates ahead of training, so counts wait here until their batch is trained.
-        self.waiting: deque[int] = deque()
+        self.waiting: deque[tuple[int, int]] = deque()
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         """Collates and counts."""
@@ -43,21 +42,19 @@ class CountingCollator:
         mask = batch.get("attention_mask")
         slots = int(batch["input_ids"].numel())
         tokens = slots if mask is None else int(mask.sum())
-        self.tokens += tokens
-        self.slots += slots
-        self.waiting.append(tokens)
+        self.waiting.append((tokens, slots))
         return batch
 
 
 class Meter(TrainerCallback):
-    """Adds real tokens and training seconds to each logged entry; saving is not training.
+    """Adds real tokens, slots and training seconds to each logged entry; saving is not training.
 
     They are put into ``state.log_history``, so they travel with checkpoints.
     """
 
     def __init__(self, collator: CountingCollator) -> None:
         self._collator = collator
-        self._tokens = 0
+        self._tokens = self._slots = 0
         self._since = 0.0
 
     def on_train_begin(
@@ -70,7 +67,9 @@ class Meter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Counts the step's batch."""
-        self._tokens += self._collator.waiting.popleft()
+        tokens, slots = self._collator.waiting.popleft()
+        self._tokens += tokens
+        self._slots += slots
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -82,9 +81,12 @@ class Meter(TrainerCallback):
             torch.cuda.synchronize()
         now = time.perf_counter()
         state.log_history[-1].update(
-            real_tokens=self._tokens, real_seconds=now - self._since, total_steps=state.max_steps
+            real_tokens=self._tokens,
+            slots=self._slots,
+            real_seconds=now - self._since,
+            total_steps=state.max_steps,
         )
-        self._tokens, self._since = 0, now
+        self._tokens, self._slots, self._since = 0, 0, now
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

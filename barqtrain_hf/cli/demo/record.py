@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -111,7 +112,10 @@ def resumed(arguments: DemoArguments) -> tuple[DemoArguments, dict[str, Any]]:
 
 def resume_command(arguments: DemoArguments) -> str:
     """What to type to continue."""
-    program = "barqtrain" if Path(sys.argv[0]).name == "barqtrain" else "python -m barqtrain_hf.cli"
+    program = "python -m barqtrain_hf.cli"
+    if Path(sys.argv[0]).name == "barqtrain":
+        # make demo calls it in an environment that the user's shell does not know.
+        program = "barqtrain" if shutil.which("barqtrain") else shlex.quote(sys.argv[0])
     return f"{program} demo --resume --output_dir {shlex.quote(arguments.output_dir)}"
 
 

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+from safetensors.torch import load_model
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 
 from barqtrain_hf import BarqTrainer, BarqTrainingArguments
 from barqtrain_hf.cli.demo.callbacks import Bar, CountingCollator, Interrupt, Meter
@@ -168,7 +175,8 @@ def train(
         trainer.add_callback(callback)
     checkpoint = last_checkpoint(folder) if resume else None
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint is None or not _load_finished(trainer, checkpoint):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         bar.close()
         interrupt.restore()
@@ -176,6 +184,7 @@ def train(
         return None
     curve = [entry for entry in trainer.state.log_history if "real_seconds" in entry]
     tokens = sum(entry["real_tokens"] for entry in curve)
+    slots = sum(entry["slots"] for entry in curve)
     seconds = sum(entry["real_seconds"] for entry in curve)
     return RunResult(
         title=TITLES[name],
@@ -185,11 +194,22 @@ def train(
         seconds=seconds,
         tokens_per_second=_speed(curve),
         peak_bytes=memory.read(),
-        padding=1 - collator.tokens / collator.slots if collator.slots else 0.0,
+        padding=1 - tokens / slots,
         packing=packed.summary() if name == "barq" else "",
         report=str(trainer.barq_report) if name == "barq" else "",
         curve=curve,
     )
+
+
+def _load_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Takes model and logs from a checkpoint of the last step; Trainer would take one step more."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    print(f"All {state.global_step:,} steps were trained before: there is nothing left to train.")
+    trainer.state = state
+    load_model(trainer.model, Path(checkpoint) / "model.safetensors")
+    return True
 
 
 def _speed(curve: list[dict[str, float]]) -> float:
