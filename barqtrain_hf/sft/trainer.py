@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from barqtrain_hf.config import BarqConfig, check_liger
 from barqtrain_hf.data import PackedDataset
@@ -50,6 +50,8 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
 
     _tag_names = [*SFTTrainer._tag_names, "barq"]  # noqa: RUF012
     _stock_signature = inspect.signature(SFTTrainer.__init__)
+    _loads_models = True
+    _loading = "Pass datasets.load_dataset(…, split='train')."
 
     @functools.wraps(SFTTrainer.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -59,6 +61,8 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
         self._tokens = TokenMetrics()
         self._packer = Packer()
         check_model(given["model"], training_args)
+        if isinstance(given["model"], str):
+            self._check_columns_first(given)
         if getattr(training_args, "use_barq_kernels", True):
             # Here already, for SFTTrainer leaves Liger's loss out and says nothing.
             check_liger(training_args, BarqConfig.load(getattr(training_args, "barq_config", None)))
@@ -67,6 +71,20 @@ class BarqSFTTrainer(BarqTrainer, SFTTrainer):  # type: ignore[misc]
             self.data_collator = SFTCollator(
                 self.args.pad_to_multiple_of, self._tokenizer.pad_token_id
             )
+
+    @staticmethod
+    def _check_columns_first(given: dict[str, Any]) -> None:
+        """Before a model is loaded, where it is certain that SFTTrainer would prepare the data set."""
+        args = given["args"]
+        if not isinstance(args, SFTConfig) or (args.dataset_kwargs or {}).get(
+            "skip_prepare_dataset"
+        ):
+            return
+        for name in ("train", "eval"):
+            dataset = given.get(f"{name}_dataset")
+            columns = getattr(dataset, "column_names", None)
+            if isinstance(columns, list) and not {"image", "images"} & set(columns):
+                check_columns(dataset, args, given.get("formatting_func"), name)
 
     @property
     def barq_report(self) -> PatchReport:

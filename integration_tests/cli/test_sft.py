@@ -29,9 +29,10 @@ from trl.scripts import sft as stock  # noqa: E402
 from barqtrain_hf.cli import main  # noqa: E402
 from barqtrain_hf.cli.sft import data, help, launch, summary  # noqa: E402
 from barqtrain_hf.cli.sft.arguments import Left, option_names, parse  # noqa: E402
+from barqtrain_hf.cli.sft.words import as_options  # noqa: E402
 from barqtrain_hf.config import BarqConfig  # noqa: E402
 from barqtrain_hf.errors import DataError  # noqa: E402
-from barqtrain_hf.sft import BarqSFTTrainer  # noqa: E402
+from barqtrain_hf.sft import BarqSFTConfig, BarqSFTTrainer  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -166,6 +167,11 @@ def test_packed_lora_from_a_config_file_and_resumed(
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
     assert all(entry["packing_fill"] > 0.8 for entry in history if "loss" in entry)
     peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    capsys.readouterr()
+    assert _sft(tmp_path / "out", "chats.jsonl", *config, *again) == 0
+    printed = capsys.readouterr().out
+    assert "nothing left to train: the checkpoint is of step 4 of 4. Raise --num_train" in printed
+    assert "mean loss" not in printed and "tokens/s" not in printed and "train_loss" not in printed
 
 
 @pytest.mark.parametrize("kind", ["texts", "prompts"])
@@ -244,7 +250,7 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ('--barq_config {"rop":0}', "barq_config: unknown key 'rop'; did you mean 'rope'?"),
-        ("--barq_config no.yaml", "barq_config='no.yaml' cannot be read"),
+        ("--barq_config no.yaml", "--barq_config 'no.yaml' cannot be read"),
         ("--learnin_rate 1", "unknown option --learnin_rate; did you mean --learning_rate?"),
         ("--num_proceses 2", "unknown option --num_proceses; did you mean --num_processes?"),
         ("--qqqq", "unknown option --qqqq; see barqtrain sft --help_all."),
@@ -293,7 +299,8 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
         ("--dataset_name nothing.jsonl", "--dataset_name nothing.jsonl: the file is empty."),
         (
             "--dataset_name columns.jsonl",
-            "no column 'text', 'messages', 'prompt' with 'completion'",
+            "no column 'text', 'messages', 'prompt' with 'completion' or 'input_ids', only a, b: pass "
+            "--dataset_text_field, or rename a column.",
         ),
         ("--dataset_name numbers.jsonl", "data set's column 'text' holds int64, not strings"),
         ("--dataset_name half.jsonl", "has a column 'prompt' and none 'completion'"),
@@ -303,7 +310,7 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
         ),
         ("--dataset_train_split x", "no split 'x', only 'train': pass --dataset_train_split."),
         ("--test_split_size 7", "--test_split_size cannot be loaded: test_size=7.0"),
-        ("--padding_free", "When `padding_free=True` without packing"),
+        ("--padding_free", "When `--padding_free true` without packing, `--max_length` is"),
         ("--assistant_only_loss", "the dataset is not conversational"),
         ("--use_peft --lora_target_modules x", "Target modules x not found"),
         ("--accelerate_config x", "Accelerate config x is neither a file nor a valid config"),
@@ -316,6 +323,30 @@ def test_mistakes(
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("barqtrain")]
     assert len(told) == 1 and told[0].startswith("barqtrain sft: ")
     assert words in told[0], told[0]
+
+
+def test_columns_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    arguments = BarqSFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    for wrong in ({"train_dataset": "a"}, {"train_dataset": "text", "eval_dataset": "a"}):
+        sets = {name: datasets.Dataset.from_dict({key: ["x"]}) for name, key in wrong.items()}
+        with pytest.raises(DataError, match="has no column 'text'"):
+            BarqSFTTrainer("no_weights", arguments, **sets)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("pass max_length=1024.", "pass --max_length 1024."),
+        ('Pass barq_config={"rope": False}.', """Pass --barq_config '{"rope": false}'."""),
+        ("max_length is 8, packing on", "--max_length is 8, packing on"),
+        ("packing=True wants it", "--packing true wants it"),
+        ("only a: pass text_column.", "only a: pass --dataset_text_field."),
+        ("x/max_length and --max_length 3", "x/max_length and --max_length 3"),
+        ("the column 'max_length'", "the column 'max_length'"),
+    ],
+)
+def test_messages_name_options(message: str, words: str) -> None:
+    assert as_options(message) == words
 
 
 def test_nothing_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -496,7 +527,7 @@ def test_the_summary() -> None:
         return {"loss": 1.5, "num_tokens": tokens, "tokens_per_second": speed, "peak_memory_gib": 2}
 
     history = [entry(100, 1.0), entry(300, 50.0), entry(400, 100.0), {"num_tokens": 450.0}]
-    assert dict(summary.rows(history, Result())) == {
+    assert dict(summary.rows(history, Result(), 3)) == {
         "steps": "3",
         "tokens": "450",
         "training time": "10.0 s",
@@ -505,11 +536,13 @@ def test_the_summary() -> None:
         "mean loss": "2.0000",
         "final loss": "1.5000",
     }
-    assert dict(summary.rows(history[:1], Result()))["tokens/s"] == "1"
-    assert dict(summary.rows(history[3:], Result()))["tokens/s"] == "45"
-    assert dict(summary.rows([], Result())) == {
+    assert dict(summary.rows(history[:1], Result(), 3))["tokens/s"] == "1"
+    assert dict(summary.rows(history[3:], Result(), 3))["tokens/s"] == "45"
+    assert dict(summary.rows([], Result(), 3)) == {
         **{"steps": "3", "training time": "10.0 s", "mean loss": "2.0000"}
     }
+    nothing = dict(summary.rows(history, Result(), 0))
+    assert nothing.keys() == {"steps", "tokens", "peak memory", "final loss"}
 
 
 def test_attention_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

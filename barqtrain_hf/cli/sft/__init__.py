@@ -2,14 +2,14 @@
 
 The parts, in the order in which a run meets them: `arguments` and `help`; `launch` starts several processes;
 `checks` names mistakes before anything is loaded; `data` loads the data sets; `run` trains and saves, and
-`summary` says what came of it.
+`summary` says what came of it. `words` puts options in the place of Python's arguments in what went wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from barqtrain_hf.errors import UnsupportedError
+from barqtrain_hf.errors import BarqError, UnsupportedError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,10 +30,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     from barqtrain_hf.cli.sft import launch
     from barqtrain_hf.cli.sft.arguments import parse
+    from barqtrain_hf.cli.sft.words import as_options
 
-    options, left = parse(argv)
-    if launch.is_wanted(left, options.training.use_cpu):
-        return launch.launch(argv, left)
-    from barqtrain_hf.cli.sft.run import run
+    try:
+        options, left = parse(argv)
+        if launch.is_wanted(left, options.training.use_cpu):
+            return launch.launch(argv, left)
+        from barqtrain_hf.cli.sft.run import run
 
-    return run(options)
+        return run(options)
+    except BarqError as error:
+        raise BarqError(as_options(str(error))) from None
