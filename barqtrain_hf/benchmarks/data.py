@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from barqtrain_hf.benchmarks import data_rivals as trl
+from barqtrain_hf.benchmarks import data_start
 from barqtrain_hf.benchmarks.data_text import documents, train_tokenizer
 from barqtrain_hf.benchmarks.harness import Report
 from barqtrain_hf.data import (
@@ -242,6 +243,7 @@ def _text(report: Report, folder: Path) -> None:
         s, _ = _first(make)
         report.add(**row, implementation=name, s=s)
     _resume(report, texts, dataset, tokenizer)
+    data_start.measure(report, texts, tokenizer, folder)
 
 
 def _batch(report: Report, name: str, make: Callable[[range], Any]) -> None:

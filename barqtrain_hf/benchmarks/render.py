@@ -283,6 +283,7 @@ _DATA_PARTS = {
     "first batch": "text to the first batch",
     "batch": "a batch of rows",
     "resume": "resume a stream",
+    "start": "a fresh process to its first step",
 }
 
 
