@@ -49,6 +49,12 @@ def where(row: Any, index: int, source: str = "dataset") -> str:
     return row.origin if isinstance(row, FileRow) else f"{source}[{index}]"
 
 
+_OF_TEXTS = (
+    "Of texts PackedDataset(tokenize(texts, tokenizer, path), max_length) makes them, or "
+    "PackedStream(texts, max_length, tokenizer=tokenizer)."
+)
+
+
 class Row(NamedTuple):
     """Tokens of any number of documents, back to back."""
 
@@ -84,7 +90,10 @@ def read_row(row: Mapping[str, Any], source: str, index: int) -> Row:
     """
     name = where(row, index, source)
     if not isinstance(row, Mapping):
-        raise DataError(f"{name} is a {type(row).__name__}: pass dicts with input_ids and labels.")
+        hint = f" {_OF_TEXTS}" if isinstance(row, str) else ""
+        raise DataError(
+            f"{name} is a {type(row).__name__}: pass dicts with input_ids and labels.{hint}"
+        )
     input_ids = _integers(row, "input_ids", name)
     if row.get("labels") is None and any(row.get(key) is not None for key in _MASKS):
         labels = _masked(row, input_ids, name)
@@ -164,7 +173,7 @@ def _integers(row: Mapping[str, Any], key: str, name: str) -> npt.NDArray[np.int
         fix = (
             "add labels, equal to input_ids for a loss on every token, -100 where there is none."
             if key == "labels"
-            else "tokenize the text first."
+            else f"tokenize the text first. {_OF_TEXTS}"
         )
         raise DataError(f"{name} has no {key}: {fix}")
     array = np.asarray(values)
