@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,8 @@ class BarqConfig:
             return cls()
         if not isinstance(value, dict):
             raise ArgumentTypeError(
-                f"barq_config={value!r} must be a dict, a JSON object, or the path of a JSON or YAML "
-                "file that holds one."
+                f"barq_config={reprlib.repr(value)} must be a dict, a JSON object, or the path of a "
+                "JSON or YAML file that holds one."
             )
         names = [f.name for f in fields(cls)]
         for key in value:

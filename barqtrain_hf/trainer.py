@@ -29,7 +29,7 @@ from barqtrain_hf.checkpoints import (
     read_stream_state,
 )
 from barqtrain_hf.config import BarqConfig, check_liger
-from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream
+from barqtrain_hf.data import BarqDataCollator, PackedDataset, PackedStream, TokenStore
 from barqtrain_hf.data.batch import PackedBatch
 from barqtrain_hf.data.ranks import LINEAR_COST, BalancedBatches
 from barqtrain_hf.errors import ArgumentTypeError, DataError, UnsupportedError
@@ -134,6 +134,12 @@ class BarqTrainer(Trainer):
             if isinstance(given.get(name), (str, os.PathLike)):
                 raise ArgumentTypeError(
                     f"{name} is {given[name]!r}, a name: load it first. {self._loading}"
+                )
+
+            if isinstance(given.get(name), TokenStore):
+                raise ArgumentTypeError(
+                    f"{name} is a TokenStore, whose documents are in no batches yet: pass "
+                    f"PackedDataset({name}, max_length)."
                 )
 
     @property

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from models import VOCABULARY, tiny_model
+from small_tokenizers import small_tokenizer
 from test_parity import Rows, arguments
 from transformers import LlamaConfig
 
 from barqtrain_hf import BarqConfig, BarqTrainer, BarqTrainingArguments
+from barqtrain_hf.data import tokenize
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError, DataError, UnsupportedError
 from barqtrain_hf.ops._targets import valid_rows
 
@@ -126,3 +128,9 @@ def test_arguments_of_the_wrong_type(wrong: dict[str, Any], words: str, tmp_path
     }
     with pytest.raises(ArgumentTypeError, match=words):
         BarqTrainer(**{**given, **wrong})
+
+
+def test_a_store_is_no_data_set(tmp_path: Path) -> None:
+    store = tokenize(["a text"], small_tokenizer(), tmp_path / "store")
+    with pytest.raises(ArgumentTypeError, match=r"PackedDataset\(train_dataset, max_length\)"):
+        make(tmp_path, store)
