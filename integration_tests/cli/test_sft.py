@@ -299,8 +299,8 @@ def test_a_mixture_of_files(tmp_path: Path) -> None:
         ("--dataset_name nothing.jsonl", "--dataset_name nothing.jsonl: the file is empty."),
         (
             "--dataset_name columns.jsonl",
-            "no column 'text', 'messages', 'prompt' with 'completion' or 'input_ids', only a, b: pass "
-            "--dataset_text_field, or rename a column.",
+            "no column 'text', 'messages', 'prompt' with 'completion' or 'input_ids', only body, n: "
+            "pass --dataset_text_field, or rename a column.",
         ),
         ("--dataset_name numbers.jsonl", "data set's column 'text' holds int64, not strings"),
         ("--dataset_name half.jsonl", "has a column 'prompt' and none 'completion'"),
@@ -326,11 +326,12 @@ def test_mistakes(
 
 
 def test_columns_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path / "no_weights")
     arguments = BarqSFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
     for wrong in ({"train_dataset": "a"}, {"train_dataset": "text", "eval_dataset": "a"}):
         sets = {name: datasets.Dataset.from_dict({key: ["x"]}) for name, key in wrong.items()}
         with pytest.raises(DataError, match="has no column 'text'"):
-            BarqSFTTrainer("no_weights", arguments, **sets)
+            BarqSFTTrainer(str(tmp_path / "no_weights"), arguments, **sets)
 
 
 @pytest.mark.parametrize(
@@ -395,7 +396,7 @@ def test_two_losses(
         lambda name, *rest: name == "liger_kernel" or find_spec(name, *rest),
     )
     assert _sft(tmp_path, "texts.jsonl", "--use_liger_kernel") == 2
-    assert "use_liger_kernel=True installs Liger's fused cross-entropy" in capsys.readouterr().err
+    assert "--use_liger_kernel true installs Liger's fused cross-entropy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["train", "_prepare_dataset"])
