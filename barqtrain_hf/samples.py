@@ -130,7 +130,13 @@ def check_tokenizer(prompts: Sequence[Prompt], processing_class: Any) -> Any:
 
     Raises:
         ArgumentError: there is none, or chats are to be read without a chat template.
+        ArgumentTypeError: it is a name.
     """
+    if isinstance(processing_class, str):
+        raise ArgumentTypeError(
+            f"processing_class is {processing_class!r}, a name: pass "
+            f"AutoTokenizer.from_pretrained({processing_class!r})."
+        )
     if processing_class is None:
         raise ArgumentError(
             "BarqSamplesCallback has no tokenizer to read prompts with: pass processing_class= to it or to "

@@ -190,6 +190,7 @@ def test_without_a_pad_token_and_with_several_ends() -> None:
     [
         ({"prompts": []}, r"prompts=\[\] is empty: pass at least one"),
         ({"prompts": "once"}, r"prompts='once' must be a list .*: pass \['once'\]"),
+        ({"processing_class": "gpt2"}, r"processing_class is 'gpt2', a name: pass AutoTokenizer"),
         ({"prompts": [3]}, r"prompts\[0\]=3 must be a text, or a list of messages"),
         ({"prompts": ["a", [{"text": "b"}]]}, r"prompts\[1\]=.* must be a text"),
         ({"prompts": ["a", []]}, r"prompts\[1\]=\[\] has no message"),
