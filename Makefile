@@ -55,17 +55,17 @@ $(BIN)/python:
 	@echo "make: creating $(VENV), where everything below goes; some seconds."
 	$(PYTHON) -m venv $(VENV)
 
+# Python compiles what is imported; pip would compile all that was installed, three times as much.
 $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	@echo "make demo: installing the package. pip downloads PyTorch and the rest, some GB, and cargo compiles"
 	@echo "the Rust part: about ten minutes the first time on two CPU cores. The next time it starts at once."
-	$(BIN)/pip install --editable '.[bench]'
+	$(BIN)/pip install --no-compile --editable '.[bench]'
 	@if command -v nvidia-smi >/dev/null; then \
 	  echo "make demo: installing CuPy, which compiles the CUDA kernels at their first use."; \
 	  $(BIN)/pip install --quiet --editable ".[cuda$$($(BIN)/python -c 'import torch; print(torch.version.cuda.split(".")[0])')]"; \
 	fi
 	touch $@
 
-# Python compiles what is imported; pip would compile all that was installed, three times as much.
 $(VENV)/.dev: $(SOURCES) | $(BIN)/python
 	@echo "make: installing what tests, linters and the extras need; some GB, and many minutes the first time."
 	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
