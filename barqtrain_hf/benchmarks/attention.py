@@ -22,6 +22,7 @@ from barqtrain_hf.benchmarks.attention_cases import (
     AUTO,
     BARE,
     DENSE,
+    ELEMENTWISE,
     ERRORS,
     HOST,
     PACKED,
@@ -192,7 +193,9 @@ def _measure_host(report: Report, case: Case, chosen: Candidates) -> None:
 
     for name, row in in_rounds(implementations, measure, _HOST_ROUNDS).items():
         rows[name] = row if "unavailable" in row else rows[name] | row
+    x = torch.ones(1024, device="cuda")
     rows[BARE] = {"forward_us": time_host(bare(case, inputs))}
+    rows[ELEMENTWISE] = {"forward_us": time_host(lambda: torch.mul(x, 2.0, out=x))}
     rows.update({name: {"unavailable": why} for name, why in chosen.missing.items()})
     for name, row in rows.items():
         elementwise._add(report, **columns, implementation=name, **row)

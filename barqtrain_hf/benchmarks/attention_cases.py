@@ -29,6 +29,7 @@ from barqtrain_hf.ops._backend import Backend
 
 NO_ROPE, ROPE_BEFORE = "ours, without RoPE", "ours" + anchors.AFTER_ROPE
 BARE = "ours, its buffers and launches alone"
+ELEMENTWISE = "for scale: torch.mul(x, 2.0, out=x)"
 AUTO, PORTABLE = 'ours, backend="auto"', "ours, portable kernels (sm_80)"
 _THETA = 500_000.0
 
