@@ -225,9 +225,10 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         if pad_to_multiple_of is not None:
             multiple = positive_int("pad_to_multiple_of", pad_to_multiple_of)
             padding = multiple, non_negative_int("pad_token_id", pad_token_id, 31)
+        count = len(self)
         for row in rows:
-            if not 0 <= row < len(self):
-                raise IndexError(f"row {row} of a PackedDataset with {len(self)} rows")
+            if not 0 <= row < count:
+                raise IndexError(f"row {row} of a PackedDataset with {count} rows")
         return packed_batch(*self._assemble(rows, padding))
 
     def _assemble(self, rows: Sequence[int], padding: tuple[int, int] | None) -> Any:

@@ -1,11 +1,18 @@
 //! From documents in a flat token array to the arrays a model is given.
 
 use std::fmt;
+use std::hint::black_box;
+use std::ops::Range;
 
 /// Label of a token without loss, in transformers and torch alike.
 pub const IGNORE_INDEX: i64 = -100;
 /// Set in a stored token that bears no loss; the id is in the other 31 bits.
 pub const NO_LOSS: i32 = i32::MIN;
+
+/// Documents read ahead at once: few enough that they stay in the cache until they are written.
+const FETCHED: usize = 8;
+/// Tokens in one line of the cache.
+const TOKENS_PER_LINE: usize = 16;
 
 /// Tokens of all documents, end to end.
 #[derive(Clone, Copy, Debug)]
@@ -182,26 +189,16 @@ pub fn assemble(
         max_length: 0,
     };
     batch.cu_seq_lens.push(0);
-    for range in ranges {
-        let ids = &tokens.ids[range.clone()];
-        let first = batch.labels.len();
-        batch
-            .input_ids
-            .extend(ids.iter().map(|&id| i64::from(id & !NO_LOSS)));
-        match tokens.labels {
-            Some(labels) => batch
-                .labels
-                .extend(labels[range].iter().map(|&label| i64::from(label))),
-            None => batch.labels.extend(ids.iter().map(|&id| {
-                if id < 0 {
-                    IGNORE_INDEX
-                } else {
-                    i64::from(id)
-                }
-            })),
+    for ranges in ranges.chunks(FETCHED) {
+        for range in ranges {
+            fetch(&tokens.ids[range.clone()]);
+            if let Some(labels) = tokens.labels {
+                fetch(&labels[range.clone()]);
+            }
         }
-        batch.labels[first] = IGNORE_INDEX; // nothing of this document predicts its first token
-        batch.end_document(ids.len());
+        for range in ranges {
+            batch.add(tokens, range.clone());
+        }
     }
     if let Some(Padding { token, .. }) = padding.filter(|_| filled > total) {
         batch.input_ids.resize(filled, token);
@@ -212,7 +209,39 @@ pub fn assemble(
     Ok(batch)
 }
 
+/// Brings tokens into the cache. Documents of a row lie anywhere, and reads that wait for nothing else come
+/// from memory many at a time; those of a loop that also writes would come one after the other.
+fn fetch(tokens: &[i32]) {
+    let lines = tokens.iter().step_by(TOKENS_PER_LINE);
+    black_box(lines.fold(0, |all, &token| all ^ token));
+}
+
 impl Batch {
+    /// Adds a document.
+    fn add(&mut self, tokens: Tokens<'_>, range: Range<usize>) {
+        let ids = &tokens.ids[range.clone()];
+        let first = self.labels.len();
+        let widened = ids.iter().map(|&id| i64::from(id & !NO_LOSS));
+        self.input_ids.extend(widened);
+        match tokens.labels {
+            Some(labels) => self
+                .labels
+                .extend(labels[range].iter().map(|&label| i64::from(label))),
+            None if ids.iter().fold(0, |all, id| all | id) >= 0 => {
+                self.labels.extend_from_slice(&self.input_ids[first..]);
+            }
+            None => self.labels.extend(ids.iter().map(|&id| {
+                if id < 0 {
+                    IGNORE_INDEX
+                } else {
+                    i64::from(id)
+                }
+            })),
+        }
+        self.labels[first] = IGNORE_INDEX; // nothing of this document predicts its first token
+        self.end_document(ids.len());
+    }
+
     /// Adds what says that the last `length` tokens are a document.
     fn end_document(&mut self, length: usize) {
         let length = length as i64;
@@ -223,7 +252,7 @@ impl Batch {
     }
 }
 
-fn range(start: i64, length: i64, tokens: usize) -> Result<std::ops::Range<usize>, AssembleError> {
+fn range(start: i64, length: i64, tokens: usize) -> Result<Range<usize>, AssembleError> {
     let begin = usize::try_from(start).ok();
     let end = begin.zip(usize::try_from(length).ok().filter(|&n| n > 0));
     let end = end.and_then(|(begin, length)| begin.checked_add(length));
