@@ -5,7 +5,8 @@
 //! "first set bit at or after n": a few instructions per document, however many rows are open.
 //!
 //! Which bucket a row comes from and goes to is as good as random, and a branch on it would be guessed
-//! wrong as often as right, at the price of all the rest. So there are none.
+//! wrong as often as right, at the price of all the rest. So there are none, and a new row comes from a
+//! bucket as every other does: from the last one, which holds all that have not been opened.
 
 use std::hint::select_unpredictable;
 
@@ -27,15 +28,14 @@ struct Row {
 /// Rows that can still take a document, bucketed by free space.
 #[derive(Default)]
 pub(crate) struct OpenRows {
-    capacity: usize,
-    /// Last row put into each bucket; a bucket is a linked stack through `below`. Full rows are in
-    /// bucket 0, which no search finds.
+    /// The bucket of full rows, which no search finds; each one after it has a token more free.
+    full: usize,
+    /// Last row put into each bucket; a bucket is a linked stack through `below`. In the last one are those that
+    /// have not been opened.
     top: Vec<u32>,
-    /// The first `count` are in use.
     rows: Vec<Row>,
     /// Which buckets have rows: a bit each.
     words: Vec<u64>,
-    count: u32,
 }
 
 impl OpenRows {
@@ -48,10 +48,11 @@ impl OpenRows {
         row_of: &mut [u32],
     ) {
         self.reset(capacity, lengths.len());
-        if self.top.len() <= SMALL {
+        if capacity as usize <= SMALL {
             self.place_all(0u64, lengths, row_of);
         } else {
-            let summary = vec![0u64; self.top.len().div_ceil(SMALL)];
+            let mut summary = vec![0u64; self.top.len().div_ceil(SMALL)];
+            Summary::insert(&mut summary, self.words.len() - 1);
             self.place_all(summary, lengths, row_of);
         }
     }
@@ -66,7 +67,6 @@ impl OpenRows {
         for (length, row) in lengths.zip(row_of) {
             *row = placer.place::<true>(length);
         }
-        self.count = placer.count;
     }
 
     /// `fill` of two, in less time than one after the other: every placement needs the one before, and
@@ -103,22 +103,25 @@ impl OpenRows {
         for (document, row) in rest_b.iter().zip(more_b) {
             *row = placer_b.place::<false>(document.length());
         }
-        let (count_a, count_b) = (placer_a.count, placer_b.count);
-        (a.count, b.count) = (count_a, count_b);
     }
 
     fn reset(&mut self, capacity: u32, documents: usize) {
-        self.capacity = capacity as usize;
+        let capacity = capacity as usize;
+        let unopened = capacity.max(SMALL); // then it is the first one after a summary of one word
+        self.full = unopened - capacity;
         self.top.clear();
-        self.top.resize(self.capacity.max(1), NO_ROW); // an open row has less than its capacity free
-        self.rows.resize(documents, Row::default());
+        self.top.resize(unopened, NO_ROW);
+        self.top.push(0);
+        self.rows.clear();
+        let unopened_rows = (1..=documents as u32).map(|below| Row { below, size: 0 });
+        self.rows.extend(unopened_rows);
         self.words.clear();
-        self.words.resize(self.capacity / 64 + 1, 0); // a search may begin at the capacity
-        self.count = 0;
+        self.words.resize(unopened / 64, 0);
+        self.words.resize(unopened / 64 + 1, 1 << (unopened % 64));
     }
 
     pub(crate) fn count(&self) -> usize {
-        self.count as usize
+        self.top.last().map_or(0, |&unopened| unopened as usize)
     }
 
     /// How many documents a row has.
@@ -128,8 +131,9 @@ impl OpenRows {
 
     /// Rows that are not full with the tokens each could still take, emptiest first.
     pub(crate) fn by_free_space(&self) -> impl Iterator<Item = (u32, usize)> + '_ {
-        let buckets = self.top.iter().enumerate().skip(1).rev();
-        buckets.flat_map(|(free, &top)| {
+        let open = self.full + 1..self.top.len().saturating_sub(1);
+        open.rev().flat_map(|bucket| {
+            let (top, free) = (self.top[bucket], bucket - self.full);
             let below =
                 |&row: &u32| Some(self.rows[row as usize].below).filter(|&row| row != NO_ROW);
             let rows = std::iter::successors(Some(top).filter(|&row| row != NO_ROW), below);
@@ -144,23 +148,21 @@ pub(crate) fn lengths(documents: &[Document]) -> impl ExactSizeIterator<Item = u
 
 /// Open rows while documents are placed, with what changes all the time at hand.
 struct Placer<'a, S> {
-    capacity: usize,
+    full: usize,
     top: &'a mut [u32],
     rows: &'a mut [Row],
     words: &'a mut [u64],
     summary: S,
-    count: u32,
 }
 
 impl<'a, S: Summary> Placer<'a, S> {
     fn new(open: &'a mut OpenRows, summary: S) -> Self {
         Self {
-            capacity: open.capacity,
+            full: open.full,
             top: &mut open.top,
             rows: &mut open.rows,
             words: &mut open.words,
             summary,
-            count: 0,
         }
     }
 
@@ -168,91 +170,78 @@ impl<'a, S: Summary> Placer<'a, S> {
     #[inline(always)]
     fn place<const FORESEEABLE: bool>(&mut self, length: u32) -> u32 {
         let length = length as usize;
-        let found = if FORESEEABLE {
-            self.first_from(length)
+        let bucket = if FORESEEABLE {
+            self.first_from(self.full + length)
         } else {
-            self.first_of_any(length)
+            self.first_of_any(self.full + length)
         };
-        let (row, free, size) = match found {
-            Some(free) => {
-                let (row, size) = self.pop(free);
-                (row, free, size)
-            }
-            None => {
-                self.count += 1;
-                (self.count - 1, self.capacity, 0)
-            }
-        };
-        self.push(row, free - length, size + 1);
+        let (row, size) = self.pop(bucket);
+        self.push(row, bucket - length, size + 1);
         row
     }
 
-    /// The first bucket from `free` on that has a row.
+    /// The first bucket from this one on that has a row; the last one always does.
     #[inline(always)]
-    fn first_from(&self, free: usize) -> Option<usize> {
-        let word = free / 64;
-        let here = self.words[word] & (!0 << (free % 64));
+    fn first_from(&self, bucket: usize) -> usize {
+        let word = bucket / 64;
+        let here = self.words[word] & (!0 << (bucket % 64));
         if here != 0 {
-            return Some(word * 64 + here.trailing_zeros() as usize);
+            return word * 64 + here.trailing_zeros() as usize;
         }
-        let (after, found) = self.summary.first_after(word);
-        found.then(|| after * 64 + self.words[after].trailing_zeros() as usize)
+        let after = self.summary.first_after(word);
+        after * 64 + self.words[after].trailing_zeros() as usize
     }
 
     /// `first_from` without branches on what it finds.
     #[inline(always)]
-    fn first_of_any(&self, free: usize) -> Option<usize> {
-        let word = free / 64;
-        let here = self.words[word] & (!0 << (free % 64));
+    fn first_of_any(&self, bucket: usize) -> usize {
+        let word = bucket / 64;
+        let here = self.words[word] & (!0 << (bucket % 64));
         // Both are looked at, whichever is needed.
-        let (after, found) = self.summary.first_after(word);
+        let after = self.summary.first_after(word);
         let there = self.words[after];
-        if here == 0 && !found {
-            return None;
-        }
         let word = select_unpredictable(here != 0, word, after);
         let bits = select_unpredictable(here != 0, here, there);
-        Some(word * 64 + bits.trailing_zeros() as usize)
+        word * 64 + bits.trailing_zeros() as usize
     }
 
-    /// Takes a row with so much free space away; it and how many documents it has.
+    /// Takes a row out of a bucket; it and how many documents it has.
     #[inline(always)]
-    fn pop(&mut self, free: usize) -> (u32, u32) {
-        let row = self.top[free];
+    fn pop(&mut self, bucket: usize) -> (u32, u32) {
+        let row = self.top[bucket];
         let Row { below, size } = self.rows[row as usize];
-        self.top[free] = below;
-        let word = free / 64;
-        let left = self.words[word] & !(u64::from(below == NO_ROW) << (free % 64));
+        self.top[bucket] = below;
+        let word = bucket / 64;
+        let left = self.words[word] & !(u64::from(below == NO_ROW) << (bucket % 64));
         self.words[word] = left;
         self.summary.remove_if(word, left == 0);
         (row, size)
     }
 
     #[inline(always)]
-    fn push(&mut self, row: u32, free: usize, size: u32) {
-        let below = std::mem::replace(&mut self.top[free], row);
+    fn push(&mut self, row: u32, bucket: usize, size: u32) {
+        let below = std::mem::replace(&mut self.top[bucket], row);
         self.rows[row as usize] = Row { below, size };
-        let word = free / 64;
-        self.words[word] |= 1 << (free % 64);
+        let word = bucket / 64;
+        self.words[word] |= 1 << (bucket % 64);
         self.summary.insert(word);
     }
 }
 
 /// A set of the words that have bits.
 trait Summary {
-    /// The first member after `word`, and whether there is one.
-    fn first_after(&self, word: usize) -> (usize, bool);
+    /// The first member after `word`.
+    fn first_after(&self, word: usize) -> usize;
     fn insert(&mut self, word: usize);
     fn remove_if(&mut self, word: usize, remove: bool);
 }
 
-/// Of 64 words at most, for rows of the usual lengths: it stays in a register.
+/// Of the first 64 words, for rows of the usual lengths: it stays in a register. Word 64 is in it unsaid.
 impl Summary for u64 {
     #[inline(always)]
-    fn first_after(&self, word: usize) -> (usize, bool) {
-        // In two shifts, for one by 64 would be one by 0.
-        let words = self & (!1u64).wrapping_shl(word as u32) & u64::from(word < 64).wrapping_neg();
-        (words.trailing_zeros() as usize % 64, words != 0)
+    fn first_after(&self, word: usize) -> usize {
+        // After word 64 there is none to look for, and any answer does.
+        (self & (!1u64).wrapping_shl(word as u32)).trailing_zeros() as usize
     }
 
     #[inline(always)]
@@ -269,16 +258,16 @@ impl Summary for u64 {
 /// Of any number: at most 32 of these for rows of 131,072 tokens.
 impl Summary for Vec<u64> {
     #[inline]
-    fn first_after(&self, word: usize) -> (usize, bool) {
+    fn first_after(&self, word: usize) -> usize {
         let mut mask = !1 << (word % 64);
         for (at, words) in self.iter().enumerate().skip(word / 64) {
             let words = words & mask;
             if words != 0 {
-                return (at * 64 + words.trailing_zeros() as usize, true);
+                return at * 64 + words.trailing_zeros() as usize;
             }
             mask = !0;
         }
-        (0, false)
+        0
     }
 
     #[inline]
@@ -326,7 +315,7 @@ mod tests {
         assert!(open.by_free_space().eq(left));
         let mut sizes = vec![0; rows.len()];
         row_of.iter().for_each(|&row| sizes[row as usize] += 1);
-        assert!((0..open.count).map(|row| open.size(row)).eq(sizes));
+        assert!((0..open.count() as u32).map(|row| open.size(row)).eq(sizes));
     }
 
     #[test]

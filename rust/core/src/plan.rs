@@ -163,12 +163,13 @@ fn pack_in_blocks<L: Copy + Into<u32> + Sync>(
     );
 
     let groups = blocks.div_ceil(REPACKED_SHARE);
+    let together = blocks.div_ceil(groups); // as many each, that all threads have as much to do
     let mut apart: Vec<Vec<u32>> = vec![Vec::new(); groups];
     let mut end = 0;
     for (block, filled) in filled.iter().enumerate() {
         let from = block * room;
         let (ready, all) = (from + filled.ready(), from + filled.documents);
-        apart[block / REPACKED_SHARE].extend(&order[ready..all]);
+        apart[block / together].extend(&order[ready..all]);
         order.copy_within(from..ready, end);
         end += filled.ready();
     }
