@@ -66,7 +66,7 @@ def run() -> Report:
     """Plans, fill, moving tokens, text to rows, first batch, batches, resuming, tokens lost."""
     report = Report("data")
     _plans(report)
-    with tempfile.TemporaryDirectory() as folder:
+    with trl.uncached(), tempfile.TemporaryDirectory() as folder:
         for kind in ("easy", "hard"):
             _moving(report, kind, Path(folder))
         _gathering(report, Path(folder))

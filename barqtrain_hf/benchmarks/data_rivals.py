@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,20 @@ except ImportError as error:
         "pip install 'barqtrain_hf[sft]'",
     ) from None
 
-datasets.disable_progress_bars()
-datasets.disable_caching()
+
+@contextmanager
+def uncached() -> Iterator[None]:
+    """While it lasts ``datasets`` does all work anew, and shows no bars."""
+    caching, bars = datasets.is_caching_enabled(), not datasets.are_progress_bars_disabled()
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if caching:
+            datasets.enable_caching()
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def token_dataset(sizes: npt.NDArray[np.int64], path: Path) -> Any:

@@ -34,7 +34,7 @@ def test_text_is_the_same_in_every_run() -> None:
 
 def test_every_part_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
-    pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets")
     from barqtrain_hf.benchmarks import data
 
     small = {"PLANNED": 2000, "MOVED": 1200, "TEXTS": 300, "RESUMED_AT": 12, "BATCHES": 2}
@@ -42,7 +42,9 @@ def test_every_part_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(data, name, value)
     documents = data_text.documents
     monkeypatch.setattr(data_text, "documents", lambda n, seed=0: documents(min(n, 500), seed))
+    assert datasets.is_caching_enabled()  # importing the benchmark changes nothing
     report = data.run()
+    assert datasets.is_caching_enabled()
     parts = {row["part"] for row in report.rows}
     assert parts == set(render._DATA_PARTS)
     for row in report.rows:
