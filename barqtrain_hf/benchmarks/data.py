@@ -115,6 +115,9 @@ def _plans(report: Report) -> None:
         s, packed = _timed(pack_sequences, sizes, MAX_LENGTH, repeats=3)
         name = f"{OURS}, pack_sequences, a list of arrays"
         report.add(**row, implementation=name, ms=s * 1e3, fill=_fill(sizes, len(packed)))
+        s, rows = _timed(trl.pack, trl.bit_dataset(sizes), MAX_LENGTH, "bfd", None)
+        name = "TRL bfd, moving a bit a token"
+        report.add(**row, implementation=name, ms=s * 1e3, fill=_fill(sizes, len(rows)))
 
 
 def _moving(report: Report, kind: str, folder: Path) -> None:
