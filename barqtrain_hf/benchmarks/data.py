@@ -65,8 +65,8 @@ def lengths(kind: str, count: int) -> Ints:
 def run() -> Report:
     """Plans, fill, moving tokens, text to rows, first batch, batches, resuming, tokens lost."""
     report = Report("data")
-    _plans(report)
     with trl.uncached(), tempfile.TemporaryDirectory() as folder:
+        _plans(report)
         for kind in ("easy", "hard"):
             _moving(report, kind, Path(folder))
         _gathering(report, Path(folder))

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from barqtrain_hf.benchmarks.harness import Report
 
 MAX_LENGTH = 4096
+RUNS = (
+    ("stream", "ours, stream"),
+    ("store", "ours, a token store's first run"),
+    ("store", "ours, a token store's second run"),
+)
 
 
 def measure(report: Report, texts: Sequence[str], tokenizer: Any, folder: Path) -> None:
@@ -31,11 +36,7 @@ def measure(report: Report, texts: Sequence[str], tokenizer: Any, folder: Path) 
     file.write_text(lines, encoding="utf-8")
     tokenizer.save_pretrained(folder / "start_tokenizer")
     case = f"{len(texts):,} lines, {file.stat().st_size / 1e6:.1f} MB"
-    for kind, name in (
-        ("stream", "ours, stream"),
-        ("store", "ours, a token store's first run"),
-        ("store", "ours, a token store's second run"),
-    ):
+    for kind, name in RUNS:
         words = [kind, file, folder / "start_tokenizer", store, time.time()]
         command = [sys.executable, "-m", __spec__.name, *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True)
