@@ -62,7 +62,7 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	$(BIN)/pip install --no-compile --editable '.[bench]'
 	@if command -v nvidia-smi >/dev/null; then \
 	  echo "make demo: installing CuPy, which compiles the CUDA kernels at their first use."; \
-	  $(BIN)/pip install --quiet --editable ".[cuda$$($(BIN)/python -c 'import torch; print(torch.version.cuda.split(".")[0])')]"; \
+	  $(BIN)/pip install --quiet --editable ".[cuda$$($(BIN)/python -c 'import torch; print((torch.version.cuda or "13").split(".")[0])')]"; \
 	fi
 	touch $@
 
