@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from barqtrain_hf.benchmarks import __main__, data_text, render
+from barqtrain_hf.benchmarks import __main__, data_start, data_text, render
 from barqtrain_hf.errors import UnsupportedError
 
 
@@ -32,12 +34,24 @@ def test_text_is_the_same_in_every_run() -> None:
     assert any("\n\n" in text for text in first)
 
 
+def test_a_store_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fresh process does with one; `test_every_part_in_small` starts one with a stream."""
+    documents = data_text.documents
+    monkeypatch.setattr(data_text, "documents", lambda n, seed=0: documents(min(n, 200), seed))
+    data_text.train_tokenizer(tmp_path).save_pretrained(tmp_path / "tokenizer")
+    lines = (text.replace("\n", " ") for text in documents(50))
+    (tmp_path / "start.txt").write_text("\n".join(lines))
+    paths = (tmp_path / name for name in ("start.txt", "tokenizer", "start.barq"))
+    seconds = data_start._train("store", *map(str, paths), time.time())
+    assert 0 < seconds["data"] <= seconds["whole"]
+
+
 def test_every_part_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    from barqtrain_hf.benchmarks import data, data_start
+    from barqtrain_hf.benchmarks import data
 
-    monkeypatch.setattr(data_start, "RUNS", data_start.RUNS[:2])  # each is a process
+    monkeypatch.setattr(data_start, "RUNS", data_start.RUNS[:1])  # each is a process
     small = {"PLANNED": 2000, "MOVED": 1200, "TEXTS": 300, "RESUMED_AT": 12, "BATCHES": 2}
     for name, value in small.items():
         monkeypatch.setattr(data, name, value)
