@@ -7,7 +7,6 @@ many steps take to run, and they are imported while the run before loads its mod
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -35,26 +34,26 @@ def run_apart(
         environment: of the processes; None for this one's.
     """
     end = time.monotonic() + all_s
-    environment = dict(os.environ) if environment is None else dict(environment)
-    command = [sys.executable, "-m", module]
-
-    def start(name: str) -> subprocess.Popen[str]:
-        pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        return subprocess.Popen([*command, name], text=True, env=environment, **pipes)
-
     with ExitStack() as at_exit:
-        children: dict[int, subprocess.Popen[str]] = {}
+
+        def start(name: str) -> subprocess.Popen[str]:
+            pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            command = [sys.executable, "-m", module, name]
+            child = subprocess.Popen(command, text=True, env=environment, **pipes)
+            at_exit.callback(_end, child)
+            return child
+
+        waiting: subprocess.Popen[str] | None = None
         for number, (name, settings) in enumerate(runs):
-            for soon in range(number, min(number + 2, len(runs))):
-                if soon not in children:
-                    children[soon] = start(runs[soon][0])
-                    at_exit.callback(_end, children[soon])
             seconds = min(each_s, end - time.monotonic())
             if seconds <= 0:
                 yield {"unavailable": f"not run: {all_s / 60:g} minutes were over"}
                 continue
+            child = waiting or start(name)
+            if number + 1 < len(runs):
+                waiting = start(runs[number + 1][0])
             begin = time.monotonic()
-            result = _result(children[number], settings, seconds)
+            result = _result(child, settings, seconds)
             took = time.monotonic() - begin
             print(f"{number + 1} of {len(runs)}, {name}: {took:.0f} s", file=sys.stderr, flush=True)
             yield result
@@ -74,9 +73,8 @@ def _result(
     try:
         out, errors = child.communicate(json.dumps(settings) + "\n", timeout=seconds)
     except subprocess.TimeoutExpired:
+        _end(child)  # now, for the next one's turn begins
         return {"unavailable": f"took more than {seconds:.0f} seconds"}
-    finally:
-        _end(child)
     if child.returncode:
         lines = errors.strip().splitlines()
         return {"unavailable": lines[-1][:_SHOWN] if lines else f"exit code {child.returncode}"}
