@@ -135,7 +135,6 @@ class BarqTrainer(Trainer):
                 raise ArgumentTypeError(
                     f"{name} is {given[name]!r}, a name: load it first. {self._loading}"
                 )
-
             if isinstance(given.get(name), TokenStore):
                 raise ArgumentTypeError(
                     f"{name} is a TokenStore, whose documents are in no batches yet: pass "
