@@ -208,24 +208,32 @@ __device__ __forceinline__ void multiply_words(float (&c0)[M][D0][4], const unsi
   }
 }
 
-// The same with A in shared memory, by rows PITCH apart.
-template <bool FIRST, bool SECOND, int D, int PITCH, int GROUPS, typename T, int M, int D0, int D1>
-__device__ __forceinline__ void multiply_tiles(float (&c0)[M][D0][4], unsigned a0, unsigned b0,
-                                               float (&c1)[M][D1][4], unsigned a1, unsigned b1) {
+// Step j of C += A B, sixteen of A's columns, with A in shared memory by rows PITCH apart.
+template <int D, int PITCH, typename T, int M, int N>
+__device__ __forceinline__ void multiply_tile(int j, float (&c)[M][N][4], unsigned a_at, unsigned b_at) {
+  unsigned a[M][4];
 #pragma unroll
-  for (int j = 0; j < GROUPS; ++j) {
-    unsigned x[M][4], y[M][4];
+  for (int i = 0; i < M; ++i) load_matrices(a[i], a_at + (i * 16 * PITCH + j * 16) * sizeof(T));
 #pragma unroll
-    for (int i = 0; i < M; ++i) {
-      if constexpr (FIRST) load_matrices(x[i], a0 + (i * 16 * PITCH + j * 16) * sizeof(T));
-      if constexpr (SECOND) load_matrices(y[i], a1 + (i * 16 * PITCH + j * 16) * sizeof(T));
-    }
+  for (int d = 0; d < N / 2; ++d)
+    multiply_columns<T>(c, d, a, b_at + (j * 16 * kPitch<D> + d * 16) * sizeof(T));
+}
+
+// Two of them at once.
+template <int D, int PITCH, typename T, int M, int N>
+__device__ __forceinline__ void multiply_tiles(int j, float (&c0)[M][N][4], unsigned a0, unsigned b0,
+                                               float (&c1)[M][N][4], unsigned a1, unsigned b1) {
+  unsigned x[M][4], y[M][4];
 #pragma unroll
-    for (int d = 0; d < (FIRST ? D0 : D1) / 2; ++d) {
-      const unsigned at = (j * 16 * kPitch<D> + d * 16) * sizeof(T);
-      if constexpr (FIRST) multiply_columns<T>(c0, d, x, b0 + at);
-      if constexpr (SECOND) multiply_columns<T>(c1, d, y, b1 + at);
-    }
+  for (int i = 0; i < M; ++i) {
+    load_matrices(x[i], a0 + (i * 16 * PITCH + j * 16) * sizeof(T));
+    load_matrices(y[i], a1 + (i * 16 * PITCH + j * 16) * sizeof(T));
+  }
+#pragma unroll
+  for (int d = 0; d < N / 2; ++d) {
+    const unsigned at = (j * 16 * kPitch<D> + d * 16) * sizeof(T);
+    multiply_columns<T>(c0, d, x, b0 + at);
+    multiply_columns<T>(c1, d, y, b1 + at);
   }
 }
 

@@ -145,13 +145,14 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   out = const_cast<T*>(rows_of(out, {o_batch, o_token, o_head}, tile, row_length, head));
   store_tile<BM, D, kThreads>(out, o_token, first, length, dim, q_tile);
 }
-// instantiate sm_80: flash_attention<{__nv_bfloat16,__half},96,128,64,4,2>
-// instantiate sm_80: flash_attention<{__nv_bfloat16,__half},128,128,64,4,2>
-// instantiate sm_80 sm_90a: flash_attention<{__nv_bfloat16,__half},256,64,64,4,1>
-// instantiate sm_80 sm_86 sm_89 sm_100 sm_120: flash_attention<{__nv_bfloat16,__half},64,128,64,4,2>
-// instantiate sm_86 sm_89 sm_100 sm_120: flash_attention<{__nv_bfloat16,__half},96,128,64,8,1>
-// instantiate sm_86 sm_89 sm_100 sm_120: flash_attention<{__nv_bfloat16,__half},128,128,64,8,1>
-// instantiate sm_86 sm_89 sm_100 sm_120: flash_attention<{__nv_bfloat16,__half},256,64,64,4,1>
+// instantiate sm_80 sm_100: flash_attention<{__nv_bfloat16,__half},64,128,128,4,2>
+// instantiate sm_80 sm_100: flash_attention<{__nv_bfloat16,__half},96,128,64,4,2>
+// instantiate sm_80 sm_100: flash_attention<{__nv_bfloat16,__half},128,128,64,4,2>
+// instantiate sm_80 sm_90a sm_100: flash_attention<{__nv_bfloat16,__half},256,64,64,4,1>
+// instantiate sm_86 sm_89 sm_120: flash_attention<{__nv_bfloat16,__half},64,128,64,4,2>
+// instantiate sm_86 sm_89 sm_120: flash_attention<{__nv_bfloat16,__half},96,128,64,8,1>
+// instantiate sm_86 sm_89 sm_120: flash_attention<{__nv_bfloat16,__half},128,128,64,8,1>
+// instantiate sm_86 sm_89 sm_120: flash_attention<{__nv_bfloat16,__half},256,64,64,4,1>
 // instantiate sm_75: flash_attention<__half,64,128,64,4,1>
 // instantiate sm_75: flash_attention<__half,96,64,64,4,1>
 // instantiate sm_75: flash_attention<__half,128,64,64,4,1>

@@ -7,6 +7,8 @@
 // has its own rows of keys, so that P and dS are operands of dV += P^T dO and dK += dS^T Q as they lie in the
 // registers and only dQ = dS K needs dS through shared memory; or two warps share twice the rows, which reads a
 // third less from shared memory for heads whose sums leave no registers for that, but takes P through it too.
+// Then dV and dK come after dQ, which goes to device memory a few sums at a time between their products: all at
+// once would hold up what these read from shared memory.
 //
 // dQ is summed over the blocks of a document in device memory, in the order in which the blocks started: each
 // waits for its turn at some steps' queries. Blocks with most work start first, and one never waits for a block
@@ -87,9 +89,9 @@ __device__ __forceinline__ void probabilities(const float (&s)[M][N][4], const f
   }
 }
 
-// dS^T of a warp's keys into its rows of the tile, `from` this lane's first pair on.
+// dS^T or P^T of a warp's keys into its rows of the tile, from this lane's first pair on.
 template <int PITCH, int M, int N>
-__device__ __forceinline__ void store_ds(unsigned* to, const unsigned (&words)[M][N][2]) {
+__device__ __forceinline__ void store_words(unsigned* to, const unsigned (&words)[M][N][2]) {
 #pragma unroll
   for (int i = 0; i < M; ++i)
 #pragma unroll
@@ -98,7 +100,7 @@ __device__ __forceinline__ void store_ds(unsigned* to, const unsigned (&words)[M
       for (int h = 0; h < 2; ++h) to[(i * 16 + h * 8) * PITCH / 2 + j * 4] = words[i][j][h];
 }
 
-template <typename T, int D, int BM, int BN, int WARPS, int SPLIT, int STAGES, int PART, int BLOCKS>
+template <typename T, int D, int BM, int BN, int WARPS, int SPLIT, int STAGES, int UPSTREAM, int PART, int BLOCKS>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     flash_attention_backward(
         const T* __restrict__ q,     // [batch, tokens, heads, dim], strided
@@ -127,18 +129,26 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   // Of dQ's tile, a warp has BM / kRows rows and D / kColumns columns.
   constexpr int kColumns = D % (16 * WARPS / (BM / 32)) == 0 && BM >= 64 ? WARPS / (BM / 32) : WARPS / (BM / 16),
                 kRows = WARPS / kColumns, kA = BM / kRows / 16, kB = D / kColumns / 16;
-  // Columns at a time, in groups of 16: few enough sums.
-  constexpr int kPasses = kA * kB >= 8 ? kA * kB / 4 : 1, kC = kB / kPasses;
+  // Columns at a time, in groups of 16: few enough sums, of which a thread has kParts times four.
+  constexpr int kPasses = kA * kB >= 8 ? kA * kB / 4 : 1, kC = kB / kPasses, kParts = kA * 2 * kC;
+  constexpr int kAhead = 32;  // a thread that is not of the warp that waits for turns
   static_assert(kK * 16 * WARPS == BN * SPLIT && kD * SPLIT % 2 == 0, "whole tiles");
   static_assert(kA * kRows * 16 == BM && kB * kColumns * 16 == D, "whole tiles of dQ");
+  static_assert(SPLIT == 1 ? UPSTREAM == STAGES : STAGES > 1 && PART == 0 && kPasses == 1, "");
   extern __shared__ __align__(16) unsigned char shared[];
   T* k_tile = reinterpret_cast<T*>(shared);
   T* v_tile = k_tile + BN * kP;
-  T* q_tile = v_tile + BN * kP;          // STAGES of them, each followed by one of dO
-  T* ds_tile = q_tile + 2 * STAGES * BM * kP;  // transposed: [BN, BM]
+  T* q_tile = v_tile + BN * kP;               // STAGES of them
+  T* do_tile = q_tile + STAGES * BM * kP;     // UPSTREAM of them
+  T* ds_tile = do_tile + UPSTREAM * BM * kP;  // transposed: [BN, BM]
   T* p_tile = ds_tile + BN * kS;                // the same for P, if SPLIT
   float2* rows = reinterpret_cast<float2*>(p_tile + (SPLIT > 1 ? BN * kS : 0));  // STAGES times the queries' statistics
   __shared__ Work<T> work;
+  // The tiles of queries to load next, where one thread puts them, so that not all work them out.
+  __shared__ struct {
+    const T *q, *dout;
+    const float2* statistics;
+  } ahead;
   const int warp = warp_index(), lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4 * 2;
   const int kv_heads = heads / group;
   const Mask mask{causal, window};
@@ -154,22 +164,42 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 
   const int first_m = mask.first_query(first) / BM;
   const int end_m = (mask.end_query(min(first + BN, length) - 1, length) + BM - 1) / BM;
-  const auto load_queries = [&](int g, int m, int stage) {
-    const int at = m * BM;
-    const unsigned to = shared_address(q_tile + 2 * stage * BM * kP);
-    load_tile<BM, D, kThreads>(to, work.q + g * q_head, q_token, at, length, dim);
-    load_tile<BM, D, kThreads>(to + BM * kP * sizeof(T), work.dout + g * do_head, do_token, at, length, dim);
-    if (threadIdx.x < BM) {
-      const int here = at + threadIdx.x;
-      copy_pair_async(rows + stage * BM + threadIdx.x, work.statistics + g * tokens + min(here, length - 1),
-                      here < length);
-    }
+  const auto find_queries = [&](int g, int m) {
+    ahead.q = work.q + g * q_head + static_cast<long long>(m) * BM * q_token;
+    ahead.statistics = work.statistics + g * tokens + m * BM;
   };
+  const auto find_upstream = [&](int g, int m) {
+    ahead.dout = work.dout + g * do_head + static_cast<long long>(m) * BM * do_token;
+  };
+  const auto load_upstream = [&](int m, int stage) {
+    load_tile<BM, D, kThreads>(shared_address(do_tile + stage * BM * kP), ahead.dout, do_token, 0, length - m * BM, dim);
+    commit_copies();
+  };
+  const auto load_queries = [&](int m, int stage) {
+    const int left = length - m * BM, own = threadIdx.x;
+    load_tile<BM, D, kThreads>(shared_address(q_tile + stage * BM * kP), ahead.q, q_token, 0, left, dim);
+    if (own < BM) copy_pair_async(rows + stage * BM + own, ahead.statistics + min(own, left - 1), own < left);
+    if (UPSTREAM == STAGES)
+      load_upstream(m, stage);
+    else
+      commit_copies();
+  };
+  // The step after: all heads of a tile of queries before the next, so that a block with fewer tiles is not held up
+  // by one with more.
+  const auto head_after = [&](int g) { return g == 0 ? group - 1 : g - 1; };
   k = rows_of(k, {k_batch, k_token, k_head}, work.tile, row_length, work.kv_head);
   v = rows_of(v, {v_batch, v_token, v_head}, work.tile, row_length, work.kv_head);
   load_tile<BN, D, kThreads>(shared_address(k_tile), k, k_token, first, length, dim);
   load_tile<BN, D, kThreads>(shared_address(v_tile), v, v_token, first, length, dim);
-  load_queries(group - 1, end_m - 1, 0);
+  if (threadIdx.x == kAhead) find_queries(group - 1, end_m - 1), find_upstream(group - 1, end_m - 1);
+  __syncthreads();
+  load_queries(end_m - 1, 0);
+  if (UPSTREAM != STAGES) load_upstream(end_m - 1, 0);
+  if (SPLIT > 1) {
+    __syncthreads();
+    const int g = head_after(group - 1), m = end_m - 1 - (group == 1);
+    if (threadIdx.x == kAhead) find_queries(g, m), find_upstream(g, m);
+  }
 
   const float slope = (softcap > 0.f ? softcap : scale) * kLog2e, cap = __fdividef(scale, softcap);
   float dk_sum[kK][kNeedK ? kD : 1][4] = {}, dv_sum[kK][kNeedV ? kD : 1][4] = {};
@@ -185,16 +215,19 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 
   // The blocks of a document take turns at units of 2 ** shift steps, of which there is one for each tile of
   // queries and head. How many blocks come before this one:
-  const auto before = [&](int unit) { return number - mask.first_key((unit << shift) / group * BM) / BN; };
+  const auto before = [&](int unit) {
+    return window < length ? number - mask.first_key((unit << shift) / group * BM) / BN : number;
+  };
   int done = -1;  // unit of the step before, if it is finished
 
-  // All heads of a tile of queries before the next: a block with fewer tiles is not held up by one with more.
   for (int g = group - 1, m = end_m - 1, stage = 0, begins = true; m >= first_m;) {
-    const int next_g = g == 0 ? group - 1 : g - 1, next_m = m - (g == 0), next_stage = (stage + 1) % STAGES;
-    wait_for_copies();
+    const int next_g = head_after(g), next_m = m - (g == 0), next_stage = (stage + 1) % STAGES;
+    const bool loads = next_m >= first_m;
+    wait_for_copies_but<0>();
     __syncthreads();  // this step's queries are here; the step before has read its own, and added its dQ
-    if (STAGES > 1 && next_m >= first_m) load_queries(next_g, next_m, next_stage);
-    const unsigned q_at = shared_address(q_tile + 2 * stage * BM * kP), do_at = q_at + BM * kP * sizeof(T);
+    if (SPLIT == 1 && threadIdx.x == kAhead) find_queries(next_g, next_m), find_upstream(next_g, next_m);
+    const unsigned q_at = shared_address(q_tile + stage * BM * kP);
+    const unsigned do_at = shared_address(do_tile + (UPSTREAM > 1 ? stage : 0) * BM * kP);
     // Next to the diagonal and at the end of a document, some warps' keys are seen by none of the queries.
     const auto sees = [&](int from, int count) { return from < end_query && from + count > first_query; };
     const int query = m * BM + own_query;
@@ -210,6 +243,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
       // Scores and dP, both transposed.
       float s[kK][kQ][4], dp[kK][kNeedK ? kQ : 1][4];
       multiply_rows<kNeedK, D, T>(s, k_lane, q_at + columns, dp, v_lane, do_at + columns);
+      if (SPLIT > 1 && loads) load_queries(next_m, next_stage);
       if (softcap > 0.f) {
 #pragma unroll
         for (int i = 0; i < kK; ++i)
@@ -233,41 +267,43 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
         probabilities<true, kNeedK, T>(s, dp, rows + stage * BM + own_query + pair, slope, p_words, ds_words);
       else
         probabilities<false, kNeedK, T>(s, dp, rows + stage * BM + own_query + pair, slope, p_words, ds_words);
-      if constexpr (kNeedK) store_ds<kS>(ds_own, ds_words);
+      if constexpr (kNeedK) store_words<kS>(ds_own, ds_words);
       // dV += P^T dO and dK += dS^T Q
       if constexpr (SPLIT > 1)
-        store_ds<kS>(p_own, p_words);
+        store_words<kS>(p_own, p_words);
       else
         multiply_words<kNeedV, kNeedK, D, T>(dv_sum, p_words, do_at + across, dk_sum, ds_words, q_at + across);
     } else {
+      if (SPLIT > 1 && loads) load_queries(next_m, next_stage);
       const unsigned none[kK][kQ][2] = {};
-      if constexpr (kNeedK) store_ds<kS>(ds_own, none);
-      if constexpr (SPLIT > 1) store_ds<kS>(p_own, none);
+      if constexpr (kNeedK) store_words<kS>(ds_own, none);
+      if constexpr (SPLIT > 1) store_words<kS>(p_own, none);
     }
     if (kNeedK && threadIdx.x == 0 && begins && looked != before(unit))
       wait_for_turn(work.turns + unit, before(unit));
     __syncthreads();  // dS is whole; it is this block's turn; the queries have been read
-    if constexpr (SPLIT > 1) {
-      static_assert(STAGES > 1, "the queries are read until the end of the step");
-      const unsigned p_lane = shared_address(p_tile) + own_key * kS * sizeof(T) + rows_lane<T>(kS);
-      const unsigned ds_lane = p_lane - BN * kS * sizeof(T), part = across + own_column * sizeof(T);
-      if (sees(m * BM, BM))
-        multiply_tiles<kNeedV, kNeedK, D, kS, BM / 16, T>(dv_sum, p_lane, do_at + part, dk_sum, ds_lane, q_at + part);
+    if (SPLIT > 1 && threadIdx.x == kAhead) {
+      const int g2 = head_after(next_g), m2 = next_m - (next_g == 0);
+      find_queries(g2, m2);
+      UPSTREAM == STAGES ? find_upstream(g2, m2) : find_upstream(next_g, next_m);
     }
     // Which of the blocks that meet these queries this one is.
     const int lowest = mask.first_key(m * BM) / BN,
               highest = (mask.end_key(min((m + 1) * BM, length) - 1, length) - 1) / BN;
-    const bool early = STAGES == 1 && (!kNeedK || number != highest);  // dQ passes through the queries' tile
-    if (early && next_m >= first_m) load_queries(next_g, next_m, 0);
+    // With one stage the next queries take the place of these, through which the last block's dQ passes.
+    const bool early = STAGES > 1 || !kNeedK || number != highest;
+    if (SPLIT == 1 && loads && early) load_queries(next_m, next_stage);
     if constexpr (kNeedK) {
+      constexpr int kApart = kThreads * 4;
       const int d_warp = warp / kRows * kB * 16, m_warp = warp % kRows * kA * 16;
-      const unsigned ds_lane = shared_address(ds_tile) + columns_lane<T>(kS) + m_warp * sizeof(T);
-      const unsigned k_across = shared_address(k_tile) + across + d_warp * sizeof(T);
-      T* const read_tile = q_tile + 2 * stage * BM * kP;
+      T* const read_tile = q_tile + stage * BM * kP;
       float* sum_at = work.sums + (m * group + g) * static_cast<long long>(BM * D) + threadIdx.x * 4;
-#pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) {
-        float sum[kA][2 * kC][4];
+      float sum[kA][2 * kC][4];
+      float(*parts)[4] = &sum[0][0];
+
+      const auto multiply_dq = [&](int pass) {
+        const unsigned ds_lane = shared_address(ds_tile) + columns_lane<T>(kS) + m_warp * sizeof(T);
+        const unsigned k_across = shared_address(k_tile) + across + (d_warp + pass * kC * 16) * sizeof(T);
 #pragma unroll
         for (int n = 0; n < BN / 16; ++n) {
           unsigned a[kA][4];
@@ -278,7 +314,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 #pragma unroll
           for (int d = 0; d < kC; ++d) {
             unsigned b[4];
-            load_matrices_transposed(b, k_across + (n * 16 * kP + (pass * kC + d) * 16) * sizeof(T));
+            load_matrices_transposed(b, k_across + (n * 16 * kP + d * 16) * sizeof(T));
 #pragma unroll
             for (int i = 0; i < kA; ++i) {
               multiply(sum[i][2 * d], a[i], b[0], b[1]);
@@ -286,38 +322,74 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
             }
           }
         }
-        constexpr int kParts = kA * 2 * kC, kApart = kThreads * 4;
-        float(*parts)[4] = &sum[0][0];
-        if (number != highest) {
+      };
+      const auto add_dq = [&](int from, int end) {
+        if (number == highest) return;
+#pragma unroll
+        for (int f = from; f < end; ++f) {
+          float* const to = sum_at + f * kApart;
+          if (number == lowest)
+            *reinterpret_cast<float4*>(to) = {parts[f][0], parts[f][1], parts[f][2], parts[f][3]};
+          else
+            add_in_memory(to, parts[f]);
+        }
+      };
+      const auto finish_dq = [&](int pass) {
+        if (number != lowest) {
 #pragma unroll
           for (int f = 0; f < kParts; ++f) {
-            float* const to = sum_at + f * kApart;
-            if (number == lowest)
-              *reinterpret_cast<float4*>(to) = {parts[f][0], parts[f][1], parts[f][2], parts[f][3]};
-            else
-              add_in_memory(to, parts[f]);
+            const float4 before = __ldcg(reinterpret_cast<const float4*>(sum_at + f * kApart));
+            parts[f][0] += before.x, parts[f][1] += before.y;
+            parts[f][2] += before.z, parts[f][3] += before.w;
           }
-        } else {
-          if (SPLIT > 1 && pass == 0) __syncthreads();  // all have read the queries, whose tile dQ is to pass through
-          if (number != lowest) {
-#pragma unroll
-            for (int f = 0; f < kParts; ++f) {
-              const float4 before = __ldcg(reinterpret_cast<const float4*>(sum_at + f * kApart));
-              parts[f][0] += before.x, parts[f][1] += before.y;
-              parts[f][2] += before.z, parts[f][3] += before.w;
-            }
-          }
-#pragma unroll
-          for (int f = 0; f < kParts; ++f)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const int at = m_warp + f / (2 * kC) * 16 + row + h * 8;
-              const int column = d_warp + pass * kC * 16 + f % (2 * kC) * 8 + pair;
-              *reinterpret_cast<unsigned*>(read_tile + at * kP + column) =
-                  pack_pair<T>(parts[f][2 * h] * scale, parts[f][2 * h + 1] * scale);
-            }
         }
-        sum_at += kParts * kApart;
+#pragma unroll
+        for (int f = 0; f < kParts; ++f)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int at = m_warp + f / (2 * kC) * 16 + row + h * 8;
+            const int column = d_warp + pass * kC * 16 + f % (2 * kC) * 8 + pair;
+            *reinterpret_cast<unsigned*>(read_tile + at * kP + column) =
+                pack_pair<T>(parts[f][2 * h] * scale, parts[f][2 * h + 1] * scale);
+          }
+      };
+
+      if constexpr (SPLIT > 1) {
+        const unsigned p_lane = shared_address(p_tile) + own_key * kS * sizeof(T) + rows_lane<T>(kS);
+        const unsigned ds_lane = p_lane - BN * kS * sizeof(T), part = across + own_column * sizeof(T);
+        const bool meets = sees(m * BM, BM);
+        constexpr int kGroups = BM / 16;
+        if (UPSTREAM < STAGES) {
+          if (meets) {
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j) multiply_tile<D, kS, T>(j, dv_sum, p_lane, do_at + part);
+          }
+          __syncthreads();  // dO has been read
+          if (loads) load_upstream(next_m, 0);
+        }
+        multiply_dq(0);
+#pragma unroll
+        for (int j = 0; j < kGroups; ++j) {
+          if (meets) {
+            if (UPSTREAM < STAGES)
+              multiply_tile<D, kS, T>(j, dk_sum, ds_lane, q_at + part);
+            else
+              multiply_tiles<D, kS, T>(j, dv_sum, p_lane, do_at + part, dk_sum, ds_lane, q_at + part);
+          }
+          add_dq(j * kParts / kGroups, (j + 1) * kParts / kGroups);
+        }
+        if (number == highest) {
+          __syncthreads();  // all have read the queries, whose tile dQ is to pass through
+          finish_dq(0);
+        }
+      } else {
+#pragma unroll 1
+        for (int pass = 0; pass < kPasses; ++pass) {
+          multiply_dq(pass);
+          add_dq(0, kParts);
+          if (number == highest) finish_dq(pass);
+          sum_at += kParts * kApart;
+        }
       }
       if (number == highest) {
         __syncthreads();
@@ -325,9 +397,9 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
                                            work.angles);
       }
     }
-    if (STAGES == 1 && !early && next_m >= first_m) {
+    if (SPLIT == 1 && loads && !early) {
       __syncthreads();
-      load_queries(next_g, next_m, 0);
+      load_queries(next_m, 0);
     }
     begins = next_m < first_m || (next_m * group + next_g) >> shift != unit;
     done = begins ? unit : -1;
@@ -357,15 +429,15 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 }
 
 // instantiate: attention_statistics<{__nv_bfloat16,__half},{8,16,32}>
-// instantiate sm_80 sm_90a: flash_attention_backward<{__nv_bfloat16,__half},64,32,128,4,1,2,0,2>
-// instantiate sm_80: flash_attention_backward<{__nv_bfloat16,__half},96,64,128,8,1,1,0,1>
-// instantiate sm_80: flash_attention_backward<{__nv_bfloat16,__half},128,64,128,8,1,1,0,1>
-// instantiate sm_90a: flash_attention_backward<{__nv_bfloat16,__half},{96,128},64,128,8,2,2,0,1>
-// instantiate sm_80 sm_90a: flash_attention_backward<{__nv_bfloat16,__half},256,32,64,4,1,1,{1,2},1>
-// instantiate sm_86 sm_89 sm_100 sm_120: flash_attention_backward<{__nv_bfloat16,__half},64,64,64,4,1,1,0,2>
-// instantiate sm_86 sm_89 sm_100 sm_120: flash_attention_backward<{__nv_bfloat16,__half},96,64,64,4,1,1,0,1>
-// instantiate sm_86 sm_89 sm_100 sm_120: flash_attention_backward<{__nv_bfloat16,__half},128,32,64,4,1,1,0,1>
-// instantiate sm_86 sm_89 sm_100 sm_120: flash_attention_backward<{__nv_bfloat16,__half},256,32,32,2,1,1,{1,2},1>
-// instantiate sm_75: flash_attention_backward<__half,64,64,64,4,1,1,0,1>
-// instantiate sm_75: flash_attention_backward<__half,96,32,64,4,1,1,0,1>
-// instantiate sm_75: flash_attention_backward<__half,128,32,64,4,1,1,{1,2},1>
+// instantiate sm_80 sm_90a sm_100: flash_attention_backward<{__nv_bfloat16,__half},64,32,128,4,1,2,2,0,2>
+// instantiate sm_80 sm_90a sm_100: flash_attention_backward<{__nv_bfloat16,__half},96,64,128,8,2,2,2,0,1>
+// instantiate sm_80: flash_attention_backward<{__nv_bfloat16,__half},128,64,128,8,2,2,1,0,1>
+// instantiate sm_90a sm_100: flash_attention_backward<{__nv_bfloat16,__half},128,64,128,8,2,2,2,0,1>
+// instantiate sm_80 sm_90a sm_100: flash_attention_backward<{__nv_bfloat16,__half},256,32,64,4,1,1,1,{1,2},1>
+// instantiate sm_86 sm_89 sm_120: flash_attention_backward<{__nv_bfloat16,__half},64,64,64,4,1,1,1,0,2>
+// instantiate sm_86 sm_89 sm_120: flash_attention_backward<{__nv_bfloat16,__half},96,64,64,4,1,1,1,0,1>
+// instantiate sm_86 sm_89 sm_120: flash_attention_backward<{__nv_bfloat16,__half},128,32,64,4,1,1,1,0,1>
+// instantiate sm_86 sm_89 sm_120: flash_attention_backward<{__nv_bfloat16,__half},256,32,32,2,1,1,1,{1,2},1>
+// instantiate sm_75: flash_attention_backward<__half,64,64,64,4,1,1,1,0,1>
+// instantiate sm_75: flash_attention_backward<__half,96,32,64,4,1,1,1,0,1>
+// instantiate sm_75: flash_attention_backward<__half,128,32,64,4,1,1,1,{1,2},1>

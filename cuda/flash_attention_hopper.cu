@@ -41,11 +41,10 @@ struct Copies {
   }
 };
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most LEFT groups of the block's copies are unfinished; the others may be multiplied.
 template <int LEFT>
-__device__ __forceinline__ void wait_for_copies_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+__device__ __forceinline__ void receive_copies_but() {
+  wait_for_copies_but<LEFT>();
   publish_shared();
   __syncthreads();
 }
@@ -164,7 +163,7 @@ struct Attention {
       for (int h = 0; h < 4; ++h)
         p[j][h] = pack_pair<T>(s[2 * j + h / 2][h % 2 * 2], s[2 * j + h / 2][h % 2 * 2 + 1]);
 
-    if (n == last_tile) wait_for_copies_but<1>();  // its values; others come with their keys
+    if (n == last_tile) receive_copies_but<1>();  // its values; others come with their keys
     pin(o), pin(p);
     begin_products();
 #pragma unroll
@@ -231,16 +230,16 @@ __global__ void __launch_bounds__(kThreads, BLOCKS)
   for (int n = last_tile; n >= first_tile; --n) {
     // The tile has come, and the one after it has been read.
     if (n == last_tile)
-      wait_for_copies_but<1>();
+      receive_copies_but<1>();
     else
-      wait_for_copies_but<0>();
+      receive_copies_but<0>();
     if (n > first_tile) {
       keys.copy_before(k_at + (~n & 1) * kBytes, dim);
       values.copy_before(v_at + (~n & 1) * kBytes, dim);
     }
     commit_copies();
     if (n * BN >= end_key) {
-      if (n == last_tile) wait_for_copies_but<1>();
+      if (n == last_tile) receive_copies_but<1>();
     } else if (BN > 64 && n * BN + 64 >= end_key) {
       rows.template attend<64>(n);
     } else {

@@ -37,18 +37,6 @@ __device__ __forceinline__ void copy_rows(unsigned to, const T* from, long long 
     }
 }
 
-__device__ __forceinline__ void commit_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-template <int LEFT>
-__device__ __forceinline__ void wait_for_copies_but() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-#endif
-}
-
 template <typename T, int RANK>
 __global__ void __launch_bounds__(kThreads, 1)
     lora_gradients(const T* __restrict__ dy,   // [rows, columns]

@@ -101,4 +101,18 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Ends a group of this thread's copies. To wait for groups is not to wait behind what was sent to memory since.
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// At most LEFT groups have not arrived.
+template <int LEFT>
+__device__ __forceinline__ void wait_for_copies_but() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
 #define kInfinity __int_as_float(0x7f800000)

@@ -57,16 +57,23 @@ def _forward(dim: int, rows: int, keys: int, warps: int, blocks: int) -> Pass:
 
 
 def _backward(
-    dim: int, rows: int, keys: int, warps: int, split: int, stages: int, blocks: int, parts: int = 1
+    dim: int,
+    rows: int,
+    keys: int,
+    warps: int,
+    split: int,
+    stages: tuple[int, int],
+    blocks: int,
+    parts: int = 1,
 ) -> tuple[Pass, ...]:
-    """BM queries, BN keys, WARPS, of which SPLIT share rows of keys, STAGES of queries, BLOCKS on an SM.
+    """BM queries, BN keys, WARPS, SPLIT of which share keys, STAGES of queries and of dO, BLOCKS on an SM.
 
     In two parts, that of v and that of q and k, where the sums of all three do not fit into the registers.
     """
     pitch = dim + _PAD
-    elements = 2 * keys * pitch + 2 * stages * rows * pitch + split * keys * (rows + _PAD)
-    shared = 2 * elements + 8 * stages * rows  # the rows' statistics
-    shape = (dim, rows, keys, warps, split, stages)
+    elements = (2 * keys + sum(stages) * rows) * pitch + split * keys * (rows + _PAD)
+    shared = 2 * elements + 8 * stages[0] * rows  # the rows' statistics
+    shape = (dim, rows, keys, warps, split, *stages)
     return tuple(
         Pass("flash_attention_backward", (*shape, part, blocks), rows, keys, 32 * warps, shared)
         for part in ((0,) if parts == 1 else (1, 2))
@@ -88,36 +95,41 @@ def _backward_hopper(dim: int) -> tuple[Pass, ...]:
     return (Pass("flash_attention_backward_hopper", (dim,), rows, keys, 384, shared),)
 
 
-# Measured on an H200 (sm_90); the others are what fits into registers and shared memory: 163 KB and more on
-# sm_80 and sm_90, 99 KB on sm_86, 89 and 120, 64 KB on sm_75.
+# Measured on an H200 (sm_90); the others are what fits into registers and shared memory: 227 KB on sm_90 and
+# sm_100, 163 KB on sm_80, 99 KB on sm_86, 89 and 120, 64 KB on sm_75.
+_LARGEST = (
+    Tiling(64, _forward(64, 128, 128, 4, 2), _backward(64, 32, 128, 4, 1, (2, 2), 2)),
+    Tiling(96, _forward(96, 128, 64, 4, 2), _backward(96, 64, 128, 8, 2, (2, 2), 1)),
+    Tiling(128, _forward(128, 128, 64, 4, 2), _backward(128, 64, 128, 8, 2, (2, 2), 1)),
+    Tiling(256, _forward(256, 64, 64, 4, 1), _backward(256, 32, 64, 4, 1, (1, 1), 1, parts=2)),
+)
 _LARGE = (
-    Tiling(64, _forward(64, 128, 64, 4, 2), _backward(64, 32, 128, 4, 1, 2, 2)),
-    Tiling(96, _forward(96, 128, 64, 4, 2), _backward(96, 64, 128, 8, 1, 1, 1)),
-    Tiling(128, _forward(128, 128, 64, 4, 2), _backward(128, 64, 128, 8, 1, 1, 1)),
-    Tiling(256, _forward(256, 64, 64, 4, 1), _backward(256, 32, 64, 4, 1, 1, 1, parts=2)),
+    *_LARGEST[:2],
+    Tiling(128, _LARGEST[2].forward, _backward(128, 64, 128, 8, 2, (2, 1), 1)),
+    _LARGEST[3],
 )
 _HOPPER = (
     Tiling(64, _forward_hopper(64, 128, 128, 2), _backward_hopper(64)),
     Tiling(128, _forward_hopper(128, 128, 64, 2), _backward_hopper(128)),
-    _LARGE[-1],
+    _LARGEST[3],
 )
 # Hopper's backward kernel does not know capped scores.
 _HOPPER_CAPPED = (
-    Tiling(64, _HOPPER[0].forward, _LARGE[0].backward),
-    Tiling(96, _HOPPER[1].forward, _backward(96, 64, 128, 8, 2, 2, 1)),
-    Tiling(128, _HOPPER[1].forward, _backward(128, 64, 128, 8, 2, 2, 1)),
-    _LARGE[-1],
+    Tiling(64, _HOPPER[0].forward, _LARGEST[0].backward),
+    Tiling(96, _HOPPER[1].forward, _LARGEST[1].backward),
+    Tiling(128, _HOPPER[1].forward, _LARGEST[2].backward),
+    _LARGEST[3],
 )
 _MEDIUM = (
-    Tiling(64, _forward(64, 128, 64, 4, 2), _backward(64, 64, 64, 4, 1, 1, 2)),
-    Tiling(96, _forward(96, 128, 64, 8, 1), _backward(96, 64, 64, 4, 1, 1, 1)),
-    Tiling(128, _forward(128, 128, 64, 8, 1), _backward(128, 32, 64, 4, 1, 1, 1)),
-    Tiling(256, _forward(256, 64, 64, 4, 1), _backward(256, 32, 32, 2, 1, 1, 1, parts=2)),
+    Tiling(64, _forward(64, 128, 64, 4, 2), _backward(64, 64, 64, 4, 1, (1, 1), 2)),
+    Tiling(96, _forward(96, 128, 64, 8, 1), _backward(96, 64, 64, 4, 1, (1, 1), 1)),
+    Tiling(128, _forward(128, 128, 64, 8, 1), _backward(128, 32, 64, 4, 1, (1, 1), 1)),
+    Tiling(256, _forward(256, 64, 64, 4, 1), _backward(256, 32, 32, 2, 1, (1, 1), 1, parts=2)),
 )
 _TURING = (
-    Tiling(64, _forward(64, 128, 64, 4, 1), _backward(64, 64, 64, 4, 1, 1, 1)),
-    Tiling(96, _forward(96, 64, 64, 4, 1), _backward(96, 32, 64, 4, 1, 1, 1)),
-    Tiling(128, _forward(128, 64, 64, 4, 1), _backward(128, 32, 64, 4, 1, 1, 1, parts=2)),
+    Tiling(64, _forward(64, 128, 64, 4, 1), _backward(64, 64, 64, 4, 1, (1, 1), 1)),
+    Tiling(96, _forward(96, 64, 64, 4, 1), _backward(96, 32, 64, 4, 1, (1, 1), 1)),
+    Tiling(128, _forward(128, 64, 64, 4, 1), _backward(128, 32, 64, 4, 1, (1, 1), 1, parts=2)),
 )
 
 
@@ -126,6 +138,8 @@ def _tilings(capability: tuple[int, int], capped: bool) -> tuple[Tiling, ...]:
         return _TURING
     if capability == (9, 0):
         return _HOPPER_CAPPED if capped else _HOPPER
+    if capability[0] == 10:
+        return _LARGEST
     return _LARGE if capability == (8, 0) else _MEDIUM
 
 
