@@ -23,14 +23,17 @@ from barqtrain_hf.ops import (
     apply_rope,
     flash_attention,
 )
-from barqtrain_hf.ops._attention_call import Call, call_for
+from barqtrain_hf.ops._attention_call import Call, Strides, call_for
 from barqtrain_hf.ops._attention_tilings import tiling_on
 from barqtrain_hf.ops._backend import Backend
 
 NO_ROPE, ROPE_BEFORE = "ours, without RoPE", "ours" + anchors.AFTER_ROPE
 BARE = "ours, its buffers and launches alone"
 ELEMENTWISE = "for scale: torch.mul(x, 2.0, out=x)"
-AUTO, PORTABLE = 'ours, backend="auto"', "ours, portable kernels (sm_80)"
+AUTO = 'ours, backend="auto"'
+# By mma.sync and cp.async, as GPUs without kernels of their own get them: with the shared memory of an H200
+# or a B200, and with an A100's.
+PORTABLE, PORTABLE_163 = "ours, portable kernels", "ours, portable kernels in 163 KB (A100)"
 _THETA = 500_000.0
 
 
@@ -107,20 +110,27 @@ HOST = Case(1, 128, 64, (17, 64, 47), heads=4, key_heads=2)
 ERRORS = tuple(Case(2, 1000, dim, heads=8, key_heads=2) for dim in (64, 128))
 
 
-def portable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`flash_attention` of dense rows by the kernels that an A100 gets, with mma.sync and cp.async."""
-    call = _portable_call(q.get_device(), q.dtype, q.shape, k.shape)
-    numbers = (None, call.causal, call.scale, call.window, call.softcap)
-    return _attention_autograd.apply(call, q, k, v, None, None, *numbers)
+def portable(
+    capability: tuple[int, int], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """`flash_attention` of dense rows by the kernels of another GPU."""
+    strides = (q.stride(), k.stride(), v.stride())
+    call = _portable_call(capability, q.get_device(), q.dtype, (q.shape, k.shape), strides)
+    return _attention_autograd.run(call, q, k, v, None, None, None, None)
 
 
 @lru_cache
 def _portable_call(
-    device: int, dtype: torch.dtype, q_shape: tuple[int, ...], k_shape: tuple[int, ...]
+    capability: tuple[int, int],
+    device: int,
+    dtype: torch.dtype,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    strides: tuple[Strides, Strides, Strides],
 ) -> Call:
-    dim = q_shape[3]
-    call = call_for(device, dtype, q_shape, k_shape, False, None, True, dim**-0.5, None, None)
-    return replace(call, tiling=tiling_on((8, 0), dim, False))
+    dim = shapes[0][3]
+    numbers = (True, dim**-0.5, None, None)
+    call = call_for(device, dtype, *shapes, strides, False, None, *numbers)
+    return replace(call, tiling=tiling_on(capability, dim, False))
 
 
 def bare(case: Case, inputs: Tensors) -> Callable[[], None]:
@@ -129,25 +139,25 @@ def bare(case: Case, inputs: Tensors) -> Callable[[], None]:
     rope, table = case.rope(q.dtype, "cuda"), case.boundaries("cuda")
     angles = (rope.cos.shape, rope.cos.dtype, False)
     numbers = (True, case.dim**-0.5, None, None)
-    call = call_for(q.get_device(), q.dtype, q.shape, k.shape, True, angles, *numbers)
-    tiles = _attention_kernels._tiles(call, call.tiling.forward.rows, False, table, None)
     strides = (q.stride(), k.stride(), v.stride())
-    turn, attend = _attention_kernels._forward_plan(call, tiles.total, *strides)
+    call = call_for(q.get_device(), q.dtype, q.shape, k.shape, strides, True, angles, *numbers)
+    turn, ((attend, tiles),), table_of_tiles = _attention_kernels._forward(call, table)
     out, kept = _attention_kernels.outputs(q, call.kept)
     turned = (kept.data_ptr(), kept.data_ptr() + call.kept.k)
     angled = (rope.cos.data_ptr(), rope.sin.data_ptr(), 0)
-    results = (out.data_ptr(), kept.data_ptr() + call.kept.lse, tiles.table.data_ptr())
+    results = (out.data_ptr(), kept.data_ptr() + call.kept.lse, tiles)
     loaded = (q.data_ptr(), k.data_ptr(), *angled, *turned)
     attended = (*turned, v.data_ptr(), *results)
 
     def run(_: object) -> None:
-        with torch.no_grad():
-            _attention_kernels.outputs(q, call.kept)
-            if turn is not None:
-                turn(call.device, *loaded)
-            attend[0](call.device, *attended)
+        _attention_kernels.outputs(q, call.kept)
+        if turn is not None:
+            turn(call.device, *loaded)
+        attend(call.device, *attended)
 
-    return partial(run, (q, k, v, rope, tiles, out, kept))  # it keeps alive what is pointed to
+    return partial(
+        run, (q, k, v, rope, table_of_tiles, out, kept)
+    )  # it keeps alive what is pointed to
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,8 @@ def candidates(
         dense: dict[str, Callable[..., Any]] = {
             OURS: partial(flash_attention, backend=backend),
             AUTO: partial(flash_attention, backend="auto"),
-            PORTABLE: portable,
+            PORTABLE: partial(portable, (10, 0)),
+            PORTABLE_163: partial(portable, (8, 0)),
         }
         implementations = {name: Implementation(call) for name, call in dense.items()}
         stock = anchors.by_document((case.tokens,))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,39 +9,48 @@ from torch.autograd import forward_ad
 
 from barqtrain_hf.errors import UnsupportedError
 from barqtrain_hf.ops import _attention_kernels
-from barqtrain_hf.ops._attention_call import Call, Kept, call_for
+from barqtrain_hf.ops._attention_call import Call, Kept, are_vectors, call_for
 from barqtrain_hf.ops._attention_kernels import Gradients
 from barqtrain_hf.ops._attention_torch import attend
 
-# cos, sin and interleaved.
-Angles = tuple[torch.Tensor, torch.Tensor, bool]
 
-
-def apply(
-    call: Call | None,
+def run(
+    call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    rope: Angles | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    max_seqlen: int | None,
+) -> torch.Tensor:
+    """The output, through the kernels, in eager mode; ``call`` is that of q, k and v."""
+    # Outside the Function, so that autograd knows of the copies it may save.
+    call, q, k, v, cos, sin = _loadable(call, q, k, v, cos, sin)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        # Nothing to remember: a Function would cost some microseconds.
+        return _attention_kernels.forward(call, max_seqlen, q, k, v, cos, sin, cu_seqlens)[0]
+    return _FlashAttention.apply(q, k, v, (cos, sin, cu_seqlens), (call, max_seqlen))  # type: ignore[no-any-return]
+
+
+def traced(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
     causal: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
+    interleaved: bool,
 ) -> torch.Tensor:
-    """The output, through the kernels; ``call`` is only wanted outside torch.compile."""
-    cos, sin, interleaved = (None, None, False) if rope is None else rope
-    if call is None:
-        tensors = (q, k, v, cos, sin, cu_seqlens)
-        numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
-        return torch.ops.barq.flash_attention(*tensors, *numbers)[0]  # type: ignore[no-any-return]
-    # Outside the Function, so that autograd knows of the copies it may save.
-    q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        # Nothing to remember: a Function would cost some microseconds.
-        return _attention_kernels.forward(call, max_seqlen, q, k, v, cos, sin, cu_seqlens)[0]
-    return _FlashAttention.apply(q, k, v, (cos, sin, cu_seqlens), (call, max_seqlen))  # type: ignore[no-any-return]
+    """The same for torch.compile."""
+    tensors = (q, k, v, cos, sin, cu_seqlens)
+    numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
+    return torch.ops.barq.flash_attention(*tensors, *numbers)[0]  # type: ignore[no-any-return]
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -95,46 +103,42 @@ def _differentiable(
 
 
 def _loadable(
+    call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """The inputs as the kernels read them."""
-    pointers = q.data_ptr() | k.data_ptr() | v.data_ptr()
-    if pointers % 16 or not _are_vectors(q.stride(), k.stride(), v.stride()):
-        q, k, v = _vectors(q), _vectors(k), _vectors(v)
+) -> tuple[
+    Call, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None
+]:
+    """The inputs as the kernels read them, and their call."""
+    if not call.loadable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+        q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        call = call.contiguous
     if cos is not None and sin is not None:
         cos, sin = _aligned(cos), _aligned(sin)
-    return q, k, v, cos, sin
+    return call, q, k, v, cos, sin
 
 
 def _vectors(x: torch.Tensor) -> torch.Tensor:
     """x, copied if its heads are no whole vectors of 16 bytes, or too far apart."""
-    if _are_vectors(x.stride()) and not x.data_ptr() % 16:
+    if are_vectors(x.stride()) and not x.data_ptr() % 16:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
-@functools.lru_cache(maxsize=1024)
-def _are_vectors(*strides: tuple[int, ...]) -> bool:
-    # The kernels step over a tile's tokens, and from head to head, in 32 bits.
-    return all(
-        s[3] == 1 and not (s[0] | s[1] | s[2]) % 8 and s[1] < 2**24 and s[2] < 2**31
-        for s in strides
-    )
-
-
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """x, contiguous and in whole vectors."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    if x.is_contiguous() and not x.data_ptr() % 16:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _call_of(
     q: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor,
     cos: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     causal: bool,
@@ -144,7 +148,7 @@ def _call_of(
     interleaved: bool,
 ) -> Call:
     angles = None if cos is None else (cos.shape, cos.dtype, interleaved)
-    shapes = (q.get_device(), q.dtype, q.shape, k.shape)
+    shapes = (q.get_device(), q.dtype, q.shape, k.shape, (q.stride(), k.stride(), v.stride()))
     return call_for(*shapes, cu_seqlens is not None, angles, causal, scale, window, softcap)
 
 
@@ -168,9 +172,9 @@ def _op(
     softcap: float | None,
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v, cos, sin = _loadable(q, k, v, cos, sin)
     numbers = (causal, scale, window, softcap, interleaved)
-    call = _call_of(q, k, cos, cu_seqlens, *numbers)
+    call = _call_of(q, k, v, cos, cu_seqlens, *numbers)
+    call, q, k, v, cos, sin = _loadable(call, q, k, v, cos, sin)
     return _attention_kernels.forward(call, max_seqlen, q, k, v, cos, sin, cu_seqlens)
 
 
@@ -202,7 +206,9 @@ def _backward_op(
     interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     numbers = (causal, scale, window, softcap, interleaved)
-    call = _call_of(out, v, cos, cu_seqlens, *numbers)
+    call = _call_of(
+        out, v, v, cos, cu_seqlens, *numbers
+    )  # the backward pass asks for strides itself
     q, k, dout, v = (None if x is None else _vectors(x) for x in (q, k, dout, v))
     kept, cos, sin = (None if x is None else _aligned(x) for x in (kept, cos, sin))
     tensors = (dout, q, k, v, out, kept, cos, sin, cu_seqlens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from barqtrain_hf.ops._attention_tilings import Tiling, tiling
 
 # Shape and dtype of cos, and interleaved.
 Angles = tuple[tuple[int, ...], torch.dtype, bool]
+Strides = tuple[int, ...]
 
 _NO_WINDOW = 2**30  # and no window is wider
 
@@ -42,12 +43,13 @@ class Kept(NamedTuple):
 
 @dataclass(frozen=True, eq=False)  # equal if the same, so that its hash is a key that costs nothing
 class Call:
-    """What the kernels have to know of a call; strides and documents apart.
+    """What the kernels have to know of a call, documents apart.
 
     Attributes:
         device: index of the CUDA device.
         dtype: of q, k and v.
         q_shape, k_shape: [B, T, heads, D].
+        strides: of q, k and v.
         packed: whether the row consists of documents.
         angles: of RoPE, or None.
         causal, scale, window, softcap: as `flash_attention` takes them.
@@ -61,6 +63,7 @@ class Call:
     dtype: torch.dtype
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
+    strides: tuple[Strides, Strides, Strides]
     packed: bool
     angles: Angles | None
     causal: bool
@@ -72,6 +75,30 @@ class Call:
     view: View
     kept: Kept
 
+    @functools.cached_property
+    def loadable(self) -> bool:
+        """Whether the kernels can step through q, k and v, if they are aligned."""
+        return all(map(are_vectors, self.strides))
+
+    @functools.cached_property
+    def contiguous(self) -> Call:
+        """That of contiguous q, k and v."""
+        strides = tuple(map(contiguous, (self.q_shape, self.k_shape, self.k_shape)))
+        return replace(self, strides=strides)  # type: ignore[arg-type]
+
+
+def contiguous(shape: tuple[int, ...]) -> Strides:
+    """Strides of a contiguous [B, T, heads, D]."""
+    _, length, heads, dim = shape
+    return length * heads * dim, heads * dim, dim, 1
+
+
+def are_vectors(strides: Strides) -> bool:
+    """Whether heads are whole vectors of 16 bytes, and near enough."""
+    # The kernels step over a tile's tokens, and from head to head, in 32 bits.
+    batch, token, head, element = strides
+    return element == 1 and not (batch | token | head) % 8 and token < 2**24 and head < 2**31
+
 
 @functools.lru_cache(maxsize=1024)
 def call_for(
@@ -79,6 +106,7 @@ def call_for(
     dtype: torch.dtype,
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
+    strides: tuple[Strides, Strides, Strides],
     packed: bool,
     angles: Angles | None,
     causal: bool,
@@ -93,6 +121,7 @@ def call_for(
         dtype,
         q_shape,
         k_shape,
+        strides,
         packed,
         angles,
         causal,

@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 import torch
 
-from barqtrain_hf.ops._attention_call import Call, Kept
+from barqtrain_hf.ops._attention_call import Call, Kept, Strides, contiguous
 from barqtrain_hf.ops._attention_plan import Tiles, dense_tiles, packed_tiles
 from barqtrain_hf.ops._attention_tilings import Pass
 from barqtrain_hf.ops._backend import CUDA_NAMES
+from barqtrain_hf.ops._documents import find
 from barqtrain_hf.ops._rope_kernels import launch as rope_launch
 from barqtrain_hf.ops._rope_kernels import rotate
 from barqtrain_hf.runtime import Kernel, Launch
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_Strides = tuple[int, ...]
 
 _TURN_SHIFT = 2  # log2 of the steps of the backward pass's blocks in one turn at dQ; measured
 _LAYOUT = ("batch", "token", "head")
@@ -41,10 +41,17 @@ def gradients(out: torch.Tensor, v: torch.Tensor) -> Gradients:
 
 
 class _Forward(NamedTuple):
-    """A layout's forward pass."""
+    """A layout's forward pass over some documents.
+
+    Attributes:
+        turn: q and k by RoPE, or None.
+        attend: launches, each with the address of its tiles: more than one if a grid does not take all.
+        tiles: what they point to.
+    """
 
     turn: Launch | None
-    attend: tuple[Launch, ...]  # more than one if there are more tiles than a grid takes
+    attend: tuple[tuple[Launch, int], ...]
+    tiles: Tiles
 
 
 def forward(
@@ -63,34 +70,36 @@ def forward(
     head's queries where the attention kernel loads them took 98 us in place of 81 us for 16384 tokens of
     32 + 8 heads of 128, keys apart, on an H200. The turned ones are kept in place of the others.
     """
-    table, tiles, _ = _tiles(call, call.tiling.forward.rows, False, cu_seqlens, max_seqlen)
+    if cu_seqlens is None:
+        plan = _dense_forward(call)
+    else:
+        # With the documents' tiles, so that a layer has one thing to look up, not two.
+        plans = find(cu_seqlens, call.q_shape[1], max_seqlen).plans
+        plan = plans.get(call) or plans.setdefault(call, _forward(call, cu_seqlens))
+    turn, attend, _ = plan
     out, buffer = outputs(q, call.kept)
-    if not tiles:
-        return out, buffer
-    turn, attend = _forward_plan(call, tiles, q.stride(), k.stride(), v.stride())
     queries, keys, start = q.data_ptr(), k.data_ptr(), buffer.data_ptr()
     if turn is not None and cos is not None and sin is not None:
         turned = (start, start + call.kept.k)
         turn(call.device, queries, keys, cos.data_ptr(), sin.data_ptr(), 0, *turned)
         queries, keys = turned
     inputs = (queries, keys, v.data_ptr(), out.data_ptr(), start + call.kept.lse)
-    work = table.data_ptr()
-    for launch in attend:
-        launch(call.device, *inputs, work)
-        work += _MOST_TILES * _TILE_BYTES
+    for launch, tiles in attend:
+        launch(call.device, *inputs, tiles)
     return out, buffer
 
 
-@functools.lru_cache(maxsize=_LAYOUTS)
-def _forward_plan(
-    call: Call, tiles: int, of_q: _Strides, of_k: _Strides, of_v: _Strides
-) -> _Forward:
-    shape, kv_heads = call.q_shape, call.k_shape[2]
+def _forward(call: Call, cu_seqlens: torch.Tensor | None) -> _Forward:
+    which, shape, kv_heads = call.tiling.forward, call.q_shape, call.k_shape[2]
+    tiles = _tiles(call, which.rows, False, cu_seqlens, None)
+    if not tiles.total:
+        return _Forward(None, (), tiles)
     batch, length, heads, dim = shape
     turn = None
+    of_q, of_k, of_v = call.strides
     if call.angles is not None:
         cos, of_cos, interleaved = call.angles
-        turned = (_contiguous(shape), _contiguous(call.k_shape))
+        turned = (contiguous(shape), contiguous(call.k_shape))
         turn = rope_launch(
             shape,
             kv_heads,
@@ -104,15 +113,21 @@ def _forward_plan(
             True,
         )
         of_q, of_k = turned
-    steps = _steps((of_q, of_k, of_v, _contiguous(shape)), call.packed)
+    steps = _steps((of_q, of_k, of_v, contiguous(shape)), call.packed)
     sizes = (batch * length, 0 if call.packed else length, heads, heads // kv_heads, dim)
-    which = call.tiling.forward
     kernel = _forward_kernel(call.dtype, which)
-    attend = [
+    grids = _grids(which, tiles.total, heads, kv_heads)
+    launches = (
         kernel.prepare(grid, (which.threads, 1, 1), *steps, *sizes, *call.settings)
-        for grid in _grids(which, tiles, heads, kv_heads)
-    ]
-    return _Forward(turn, tuple(attend))
+        for grid in grids
+    )
+    start, each = tiles.table.data_ptr(), _MOST_TILES * _TILE_BYTES
+    return _Forward(turn, tuple((run, start + each * i) for i, run in enumerate(launches)), tiles)
+
+
+@functools.lru_cache(maxsize=_LAYOUTS)
+def _dense_forward(call: Call) -> _Forward:
+    return _forward(call, None)
 
 
 def _grids(forward: Pass, tiles: int, heads: int, kv_heads: int) -> list[tuple[int, int, int]]:
@@ -188,16 +203,16 @@ def _backward_plan(
     call: Call,
     tiles: int,
     documents: int,
-    inputs: tuple[_Strides, _Strides] | None,
-    of_v: _Strides,
-    of_dout: _Strides,
-    of_out: _Strides,
+    inputs: tuple[Strides, Strides] | None,
+    of_v: Strides,
+    of_dout: Strides,
+    of_out: Strides,
 ) -> _Backward:
     dtype, shapes, angles = call.dtype, call.tiling, call.angles
     batch, length, heads, dim = call.q_shape
     tokens, kv_heads = batch * length, call.k_shape[2]
     rows = shapes.backward[0].rows
-    of_q, of_k = inputs or (_contiguous(call.q_shape), _contiguous(call.k_shape))
+    of_q, of_k = inputs or (contiguous(call.q_shape), contiguous(call.k_shape))
     angles_batch = rotary = interleaved = fp32_angles = 0
     # The kernel reads sixteen columns of angles at once.
     turns_back = angles is not None and angles[0][2] % 16 == 0
@@ -252,12 +267,7 @@ def _tiles(
     return packed_tiles(cu_seqlens, length, rows, keys, call.view, max_seqlen)
 
 
-def _contiguous(shape: tuple[int, ...]) -> _Strides:
-    _, length, heads, dim = shape
-    return length * heads * dim, heads * dim, dim, 1
-
-
-def _steps(strides: tuple[_Strides, ...], packed: bool) -> list[int]:
+def _steps(strides: tuple[Strides, ...], packed: bool) -> list[int]:
     """What the kernels take of the strides: from row to row of the batch, token to token, head to head."""
     return [step for s in strides for step in (0 if packed else s[0], s[1], s[2])]
 

@@ -101,6 +101,10 @@ def _to_host(cu_seqlens: torch.Tensor) -> list[int]:
 
 
 def _checked(boundaries: list[int], version: int) -> Documents:
+    if not boundaries:
+        raise ArgumentError(
+            "flash_attention: cu_seqlens of shape (0,) must be [documents + 1], the first of them 0."
+        )
     if boundaries[0] != 0:
         raise ArgumentError(
             f"flash_attention: cu_seqlens starts at {boundaries[0]}; it must start at 0 and hold each "

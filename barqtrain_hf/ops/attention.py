@@ -13,6 +13,7 @@ for each query and head.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,11 +24,13 @@ from barqtrain_hf.ops import _attention_autograd, _attention_tilings
 from barqtrain_hf.ops._attention_call import Call, call_for
 from barqtrain_hf.ops._attention_choice import sdpa, sdpa_is_faster
 from barqtrain_hf.ops._attention_torch import allowed, attend, attend_documents, weighted
-from barqtrain_hf.ops._backend import Backend, autocast_dtype, cached, check_dtypes, use_cuda
+from barqtrain_hf.ops._backend import Backend, autocast_dtype, check_dtypes, use_cuda
 from barqtrain_hf.ops._rope_kernels import MAX_ROWS
 from barqtrain_hf.ops.rope import apply_rope
+from barqtrain_hf.runtime import cuda_unavailable_reason
 
 _Shapes = tuple[torch.Size, torch.Size, torch.Size]
+_Strides = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 _Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
 # Shapes, dtypes and devices of cos and sin, and interleaved.
 _Angles = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype, int, int, bool]
@@ -89,10 +92,14 @@ def flash_attention(
         UnsupportedError: ``backend="cuda"`` where the kernel cannot run; documents in a CUDA graph.
     """
     autocast = autocast_dtype(q)
-    plan = _plan(
+    if autocast is not None and not (q.dtype is k.dtype is v.dtype is autocast):
+        check_dtypes("flash_attention", q=q.dtype, k=k.dtype, v=v.dtype)
+        q, k, v = q.to(autocast), k.to(autocast), v.to(autocast)
+    make_plan = _make_plan if torch.compiler.is_compiling() else _plan
+    plan = make_plan(
         (q.shape, k.shape, v.shape),
+        (q.stride(), k.stride(), v.stride()),
         (q.dtype, k.dtype, v.dtype),
-        autocast,
         (q.get_device(), k.get_device(), v.get_device()),
         None if rope is None else _layout_of(rope),
         cu_seqlens is not None,
@@ -103,18 +110,21 @@ def flash_attention(
         backend,
     )
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q.device)
+        _check_cu_seqlens(cu_seqlens, q)
     elif max_seqlen is not None:
         raise ArgumentError(f"flash_attention: max_seqlen={max_seqlen} needs cu_seqlens; drop it.")
-    if autocast is not None:
-        q, k, v = q.to(plan.dtype), k.to(plan.dtype), v.to(plan.dtype)
-    scale, reason = plan.scale, plan.unsupported
     to_sdpa = plan.to_sdpa and not torch.are_deterministic_algorithms_enabled()
-    if rope is not None and (rope.cos.requires_grad or rope.sin.requires_grad):
+    cos, sin, interleaved = rope or (None, None, False)
+    reason = plan.unsupported
+    if cos is not None and sin is not None and (cos.requires_grad or sin.requires_grad):
         reason = reason or ("cos or sin needs gradients." if torch.is_grad_enabled() else None)
+    if plan.call is not None and reason is None and not to_sdpa:
+        return _attention_autograd.run(plan.call, q, k, v, cos, sin, cu_seqlens, max_seqlen)
+    scale = plan.scale
     if not to_sdpa and use_cuda("flash_attention", backend, q, reason):
-        numbers = (max_seqlen, causal, scale, window, softcap)
-        return _attention_autograd.apply(plan.call, q, k, v, rope, cu_seqlens, *numbers)
+        tensors = (q, k, v, cos, sin, cu_seqlens)
+        numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
+        return _attention_autograd.traced(*tensors, *numbers)
     with (
         contextlib.nullcontext()
         if autocast is None
@@ -183,25 +193,22 @@ class _Plan(NamedTuple):
     """What is known of a call before its tensors are read.
 
     Attributes:
-        dtype: what is computed in.
         scale: of the scores.
         to_sdpa: whether it is left to PyTorch's attention, which has no deterministic gradient.
         unsupported: why the kernels cannot run, or None.
         call: for the kernels, if they can and no compiler looks on.
     """
 
-    dtype: torch.dtype
     scale: float
     to_sdpa: bool
     unsupported: str | None
     call: Call | None
 
 
-@cached
-def _plan(
+def _make_plan(
     shapes: _Shapes,
+    strides: _Strides,
     dtypes: _Dtypes,
-    autocast: torch.dtype | None,
     devices: tuple[int, int, int],
     angles: _Angles | None,
     packed: bool,
@@ -214,11 +221,11 @@ def _plan(
     """Checks all that does not need the tensors, and decides what runs."""
     q, k, v = dtypes
     check_dtypes("flash_attention", q=q, k=k, v=v)
-    if autocast is None and not (q is k is v):
+    if not (q is k is v):
         raise ArgumentError(
             f"flash_attention: q is {q}, k {k} and v {v}; cast them to one dtype, as autocast would."
         )
-    dtype, shape, device = autocast or q, shapes[0], devices[0]
+    shape, device = shapes[0], devices[0]
     _check_shapes(*shapes)
     if angles is not None:
         _check_angles(shape, *angles[:4])
@@ -231,16 +238,19 @@ def _plan(
         scale = shape[3] ** -0.5
     _check_numbers(scale, window, softcap)
     if device < 0 or backend == "torch":
-        return _Plan(dtype, scale, False, None, None)
-    reason = _unsupported(dtype, shape, devices, angles)
+        return _Plan(scale, False, None, None)
+    reason = _unsupported(q, shape, devices, angles)
     auto = backend == "auto" and not packed
-    to_sdpa = auto and sdpa_is_faster(shape, dtype, device, window, softcap)
+    to_sdpa = auto and sdpa_is_faster(shape, q, device, window, softcap)
     call = None
-    if reason is None and not torch.compiler.is_compiling():
+    if reason is None and not torch.compiler.is_compiling() and cuda_unavailable_reason() is None:
         of_cos = None if angles is None else (angles[0], angles[2], angles[6])
         numbers = (causal, scale, window, softcap)
-        call = call_for(device, dtype, shape, shapes[1], packed, of_cos, *numbers)
-    return _Plan(dtype, scale, to_sdpa, reason, call)
+        call = call_for(device, q, shape, shapes[1], strides, packed, of_cos, *numbers)
+    return _Plan(scale, to_sdpa, reason, call)
+
+
+_plan = functools.lru_cache(maxsize=1024)(_make_plan)
 
 
 def _unsupported(
@@ -311,20 +321,21 @@ def _check_angles(
         )
 
 
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, device: torch.device) -> None:
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, q: torch.Tensor) -> None:
     """All but its values."""
     if cu_seqlens.dtype is not torch.int32:
         raise ArgumentTypeError(
             f"flash_attention: cu_seqlens is {cu_seqlens.dtype}; cast it to int32, once for all layers."
         )
-    shape = cu_seqlens.shape
-    if len(shape) != 1 or shape[0] == 0:
+    if cu_seqlens.dim() != 1:
         raise ArgumentError(
-            f"flash_attention: cu_seqlens of shape {tuple(shape)} must be [documents + 1]."
+            f"flash_attention: cu_seqlens of shape {tuple(cu_seqlens.shape)} must be [documents + 1]."
         )
-    if cu_seqlens.device != device:
+    # Two integers are compared faster than two devices, and tell GPUs apart.
+    apart = cu_seqlens.get_device() != q.get_device()
+    if apart or (not q.is_cuda and cu_seqlens.device != q.device):
         raise ArgumentError(
-            f"flash_attention: cu_seqlens is on {cu_seqlens.device} and q on {device}; move it there, "
+            f"flash_attention: cu_seqlens is on {cu_seqlens.device} and q on {q.device}; move it there, "
             "once for all layers."
         )
 

@@ -45,7 +45,8 @@ class Launch:
         pointers: int,
         numbers: bytes,
     ) -> None:
-        self._kernel, self._grid, self._block, self._numbers = kernel, grid, block, numbers
+        self._kernel, self._numbers = kernel, numbers
+        self._shape = (*grid, *block)
         self._pack_into = struct.Struct(f"<{pointers}Q{len(numbers)}s").pack_into
 
     def __call__(self, device: int, *pointers: int) -> None:
@@ -53,7 +54,7 @@ class Launch:
         kernel = self._kernel
         arguments = kernel._arguments
         self._pack_into(arguments.values, 0, *pointers, self._numbers)
-        kernel._launch(device, self._grid, self._block, arguments.address)
+        kernel._launch(device, self._shape, arguments.address)
 
 
 class Kernel:
@@ -127,7 +128,7 @@ class Kernel:
             good = False
         if not good:
             raise self._mistake(values)
-        self._launch(device, grid, block, arguments.address)
+        self._launch(device, (*grid, *block), arguments.address)
 
     def launch(
         self, device: int, grid: tuple[int, int, int], block: tuple[int, int, int], *values: Any
@@ -140,7 +141,7 @@ class Kernel:
         self._pack_into(arguments.values, 0, *values)
         for i in self._structs:
             arguments.pointers[i] = values[i]
-        self._launch(device, grid, block, arguments.address)
+        self._launch(device, (*grid, *block), arguments.address)
 
     def prepare(
         self, grid: tuple[int, int, int], block: tuple[int, int, int], *numbers: float
@@ -155,23 +156,18 @@ class Kernel:
         if self._structs:
             raise ArgumentError(f"{self.name} takes a struct by value; use Kernel.launch.")
 
-    def _launch(
-        self,
-        device: int,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        arguments: int,
-    ) -> None:
+    def _launch(self, device: int, shape: tuple[int, ...], arguments: int) -> None:
+        """``shape``: of the grid and of a block."""
         function, context = self._functions.get(device) or self._load(device)
         driver = self._driver
         if driver.ctxGetCurrent() != context:
             if device != torch._C._cuda_getDevice():
                 with torch.cuda.device(device):
-                    return self._launch(device, grid, block, arguments)
+                    return self._launch(device, shape, arguments)
             # A thread that has made no CUDA call yet, such as autograd's: torch binds it lazily.
             driver.ctxSetCurrent(context)
         stream = torch._C._cuda_getCurrentRawStream(device)
-        driver.launchKernel(function, *grid, *block, self._shared_bytes, stream, arguments, 0)
+        driver.launchKernel(function, *shape, self._shared_bytes, stream, arguments, 0)
 
     def _mistake(self, values: tuple[Any, ...]) -> ArgumentError | ArgumentTypeError:
         """The error for arguments that failed the check in `__call__`."""

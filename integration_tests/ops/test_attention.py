@@ -1,7 +1,5 @@
 """flash_attention against fp64 and against PyTorch's own attention.
 
-Lengths: about the tiles' sizes (64 and 128), one token, two, and primes far from them. Each feature (heads,
-head dimensions, windows, softcaps, RoPE) is tried on a row whose documents end within a tile and on its edge.
 On a CPU PyTorch's path runs, on a GPU the kernel; long rows only there.
 """
 
@@ -12,7 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, assert_as_accurate, cu_seqlens, draw, exact, ours, rope_of
+from attention_cases import (
+    CASES,
+    DIMS,
+    HALF,
+    LONG,
+    MIXED,
+    ONES,
+    PACKED,
+    ROPES,
+    SOFTCAPS,
+    WINDOWS,
+    Case,
+    assert_as_accurate,
+    cu_seqlens,
+    draw,
+    exact,
+    ours,
+    rope_of,
+)
 from norm_cases import misaligned
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -28,44 +44,7 @@ from barqtrain_hf.ops import (
 )
 from barqtrain_hf.ops.attention import flash_attention_reference
 
-HALF = [torch.bfloat16, torch.float16]
 BACKENDS = ["torch", pytest.param("cuda", marks=pytest.mark.gpu)]
-MIXED = (1, 64, 70, 1, 129)
-ONES = (1,) * 40 + (130,) + (1,) * 5
-
-LENGTHS = [Case((n,), batch=2) for n in (1, 2, 63, 64, 65, 127, 128, 129)]
-PACKED = [Case(MIXED), Case(ONES), Case((1,) * 7), Case((200,)), Case((128, 64))]
-HEADS = [Case((1, 64, 70), heads=h) for h in ((1, 1), (4, 4), (4, 1), (6, 2), (32, 8))]
-DIMS = [Case((1, 130, 64), dim=d, heads=(2, 1)) for d in (32, 40, 80, 96, 128, 256)]
-FULL = [case._replace(causal=False) for case in (LENGTHS[2], LENGTHS[7], *PACKED[:2], *DIMS[4:])]
-WINDOWS = [
-    Case((1, 200, 33), heads=(2, 1), window=window, causal=causal, rope=rope)
-    for window, (causal, rope) in itertools.product(
-        (1, 7, 64, 130), ((True, ""), (False, ""), (True, "half"))
-    )
-]
-# A scale at which the cap bends the scores.
-SOFTCAPS = [
-    Case((1, 130, 64), heads=(2, 1), softcap=softcap, scale=1.0, causal=causal, window=window)
-    for softcap, causal, window in ((20.0, True, None), (50.0, False, None), (20.0, True, 64))
-]
-SCALES = [Case(MIXED, heads=(2, 1), scale=scale) for scale in (0.02, 0.5)]
-ROPES = [
-    Case(lengths, batch, heads=(4, 2), dim=dim, rope=rope)
-    for (lengths, batch), dim, rope in itertools.product(
-        (((130,), 2), (MIXED, 0)), (64, 128), ("half", "interleaved", "partial")
-    )
-]
-CASES = [*LENGTHS, *PACKED, *HEADS, *DIMS, *FULL, *WINDOWS, *SOFTCAPS, *SCALES, *ROPES]
-LONG = [
-    *(Case((n,), batch, dim=d) for n, batch in ((1000, 2), (4097, 1)) for d in (64, 96, 128)),
-    *(Case((n,), 1, causal=False) for n in (1000, 4097)),
-    *(Case((1, 1000, 63, 4097, 2), dim=d, rope="half") for d in (64, 128)),
-    Case((4097, 1, 500), window=1000, rope="interleaved"),
-    Case((1000, 1, 500), dim=256, rope="partial"),
-    *(Case((2500,), 1, dim=d, heads=(4, 1), causal=False) for d in (32, 80, 256)),
-    Case((1,) * 3000 + (600,), heads=(2, 1)),
-]
 
 
 def on(backend: str) -> str:
@@ -438,8 +417,8 @@ def test_more_rows_than_a_grid_has_for_rope(monkeypatch: pytest.MonkeyPatch) -> 
     """Checks alone, on tensors that hold nothing: they need no GPU."""
     attended: list[tuple[Any, torch.Size]] = []
 
-    def apply(call: Any, q: torch.Tensor, k: Any, v: Any, rope: Any, *_: Any) -> torch.Tensor:
-        attended.append((rope, q.shape))
+    def traced(q: torch.Tensor, k: Any, v: Any, cos: Any, *_: Any) -> torch.Tensor:
+        attended.append((cos, q.shape))
         return q
 
     with FakeTensorMode():
@@ -452,13 +431,14 @@ def test_more_rows_than_a_grid_has_for_rope(monkeypatch: pytest.MonkeyPatch) -> 
                 op()
         # And with a GPU.
         monkeypatch.setattr(attention, "use_cuda", lambda op, backend, q, reason: reason is None)
+        monkeypatch.setattr(attention, "_plan", attention._make_plan)
         monkeypatch.setattr(attention, "call_for", lambda *_: None)
         monkeypatch.setattr(attention._attention_tilings, "unsupported", lambda *_: None)
-        monkeypatch.setattr(attention._attention_autograd, "apply", apply)
+        monkeypatch.setattr(attention._attention_autograd, "traced", traced)
         flash_attention(x, x, x, rope=rope)
         assert attended == [(None, x.shape)]
         flash_attention(x[:65535], x[:65535], x[:65535], rope=rope)
-        assert attended[1:] == [(rope, (65535, *x.shape[1:]))]
+        assert attended[1:] == [(rope.cos, (65535, *x.shape[1:]))]
 
 
 @pytest.mark.gpu
