@@ -1,17 +1,25 @@
-"""Cases of attention, each as ours, as PyTorch's own kernels in the same dtype, and in fp64."""
+"""Cases of attention, each as ours, as PyTorch's own kernels in the same dtype, and in fp64.
+
+Lengths: about the tiles' sizes (64 and 128), one token, two, and primes far from them. Each feature (heads,
+head dimensions, windows, softcaps, RoPE) is tried on a row whose documents end within a tile and on its edge.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from oracle import GATE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from barqtrain_hf.ops import Rope, flash_attention
+from barqtrain_hf.ops import Rope, _attention_call, attention, flash_attention
+from barqtrain_hf.ops._attention_tilings import Tiling, tiling_on
 
 Tensors = list[torch.Tensor]
 # Root mean square of an error of no interest with inputs of N(0, 1): where a token sees itself
@@ -54,6 +62,62 @@ class Case(NamedTuple):
             value = getattr(self, key)
             parts.append(f"{key}{value}" if value else "")
         return "-".join(part for part in parts if part)
+
+
+HALF = [torch.bfloat16, torch.float16]
+MIXED = (1, 64, 70, 1, 129)
+ONES = (1,) * 40 + (130,) + (1,) * 5
+
+LENGTHS = [Case((n,), batch=2) for n in (1, 2, 63, 64, 65, 127, 128, 129)]
+PACKED = [Case(MIXED), Case(ONES), Case((1,) * 7), Case((200,)), Case((128, 64))]
+HEADS = [Case((1, 64, 70), heads=h) for h in ((1, 1), (4, 4), (4, 1), (6, 2), (32, 8))]
+DIMS = [Case((1, 130, 64), dim=d, heads=(2, 1)) for d in (32, 40, 80, 96, 128, 256)]
+FULL = [case._replace(causal=False) for case in (LENGTHS[2], LENGTHS[7], *PACKED[:2], *DIMS[4:])]
+WINDOWS = [
+    Case((1, 200, 33), heads=(2, 1), window=window, causal=causal, rope=rope)
+    for window, (causal, rope) in itertools.product(
+        (1, 7, 64, 130), ((True, ""), (False, ""), (True, "half"))
+    )
+]
+# A scale at which the cap bends the scores.
+SOFTCAPS = [
+    Case((1, 130, 64), heads=(2, 1), softcap=softcap, scale=1.0, causal=causal, window=window)
+    for softcap, causal, window in ((20.0, True, None), (50.0, False, None), (20.0, True, 64))
+]
+SCALES = [Case(MIXED, heads=(2, 1), scale=scale) for scale in (0.02, 0.5)]
+ROPES = [
+    Case(lengths, batch, heads=(4, 2), dim=dim, rope=rope)
+    for (lengths, batch), dim, rope in itertools.product(
+        (((130,), 2), (MIXED, 0)), (64, 128), ("half", "interleaved", "partial")
+    )
+]
+CASES = [*LENGTHS, *PACKED, *HEADS, *DIMS, *FULL, *WINDOWS, *SOFTCAPS, *SCALES, *ROPES]
+LONG = [
+    *(Case((n,), batch, dim=d) for n, batch in ((1000, 2), (4097, 1)) for d in (64, 96, 128)),
+    *(Case((n,), 1, causal=False) for n in (1000, 4097)),
+    *(Case((1, 1000, 63, 4097, 2), dim=d, rope="half") for d in (64, 128)),
+    Case((4097, 1, 500), window=1000, rope="interleaved"),
+    Case((1000, 1, 500), dim=256, rope="partial"),
+    *(Case((2500,), 1, dim=d, heads=(4, 1), causal=False) for d in (32, 80, 256)),
+    Case((1,) * 3000 + (600,), heads=(2, 1)),
+]
+
+
+@contextlib.contextmanager
+def tiles_of(capability: tuple[int, int]) -> Iterator[None]:
+    """The kernels that a GPU of another compute capability gets, with their tiles."""
+
+    def tiling(device: int, dim: int, capped: bool) -> Tiling:
+        return tiling_on(capability, dim, capped)
+
+    caches = (_attention_call.call_for, attention._plan)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_attention_call, "tiling", tiling)
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    for cache in caches:
+        cache.cache_clear()
 
 
 def cu_seqlens(case: Case, device: str) -> torch.Tensor | None:

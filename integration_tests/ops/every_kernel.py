@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import torch
-from attention_cases import Case, draw, ours
+from attention_cases import Case, draw, ours, tiles_of
 from norm_cases import DTYPES, SHAPES, misaligned
 
 from barqtrain_hf.ops import (
@@ -123,6 +123,14 @@ def attention(dtype: torch.dtype, case: Case) -> None:
     ours(case, "cuda")(*(misaligned(t) for t in inputs))
 
 
+def portable(dtype: torch.dtype, case: Case) -> None:
+    """Attention by the kernels of GPUs other than Hopper's; Turing's have no bf16 and smaller heads."""
+    for capability in ((7, 5), (8, 0), (8, 6), (10, 0)):
+        if capability >= (8, 0) or (dtype is torch.float16 and case.dim <= 128):
+            with tiles_of(capability):
+                ours(case, "cuda")(*draw(case, dtype, "cuda"))
+
+
 def lora(dtype: torch.dtype, rows: int, wide: int, sizes: tuple[tuple[int, int], ...]) -> None:
     x = leaf(dtype, rows, wide)
     layers = [
@@ -150,11 +158,13 @@ if __name__ == "__main__":
         activations: GLU_SHAPES,
         rotations: [(shape,) for shape in ROPE_SHAPES],
         attention: [(case,) for case in ATTENTION_CASES],
+        portable: [(case,) for case in ATTENTION_CASES],
         lora: LORA_SHAPES,
     }
+    half_only = (attention, portable)
     wanted = sys.argv[1:] or [group.__name__ for group in groups]
     for dtype, (group, shapes) in itertools.product(DTYPES, groups.items()):
-        if group.__name__ in wanted and (dtype is not torch.float32 or group is not attention):
+        if group.__name__ in wanted and (dtype is not torch.float32 or group not in half_only):
             for shape in shapes:
                 group(dtype, *shape)
     torch.cuda.synchronize()
