@@ -2,10 +2,10 @@
 
 All times are of the device, for every implementation alike: some milliseconds of calls, forward or backward
 through autograd, are queued while the device waits, so that the host's work is not in them (a row says in how
-many rounds it may be). Implementations take turns, one of each per round: a drift of the card's clock meets
-all. CUDA graphs would do as well, but ours refuses documents in them. TFLOP/s count 4·H·D operations for each
-pair of a query and a key that it sees, T² / 2 per document, forward, and 2.5 times as many backward. Every
-implementation's result and gradients are compared with PyTorch's before it is timed.
+many rounds it may be). Implementations take turns, one of each per round and in any order, so that drifts of
+the clock meet all. CUDA graphs would do as well, but ours refuses documents in them. TFLOP/s count 4·H·D
+operations for each pair of a query and a key that it sees, T² / 2 per document, forward, and 2.5 times as
+many backward. Every implementation's result and gradients are compared with PyTorch's before it is timed.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ def _measure_host(report: Report, case: Case, chosen: Candidates) -> None:
     for name, row in in_rounds(implementations, measure, _HOST_ROUNDS).items():
         rows[name] = row if "unavailable" in row else rows[name] | row
     x = torch.ones(1024, device="cuda")
-    rows[BARE] = {"forward_us": time_host(bare(case, inputs))}
+    with torch.no_grad():
+        rows[BARE] = {"forward_us": time_host(bare(case, inputs))}
     rows[ELEMENTWISE] = {"forward_us": time_host(lambda: torch.mul(x, 2.0, out=x))}
     rows.update({name: {"unavailable": why} for name, why in chosen.missing.items()})
     for name, row in rows.items():

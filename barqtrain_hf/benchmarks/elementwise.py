@@ -203,8 +203,7 @@ def _host_times(
     upstream = tuple(map(torch.randn_like, as_tuple(implementation.call(*inputs))))
 
     def forward() -> None:
-        with torch.no_grad():
-            implementation.call(*inputs)
+        implementation.call(*inputs)
 
     def gradients() -> None:
         torch.autograd.grad(as_tuple(implementation.call(*inputs)), wanted, upstream)
@@ -216,9 +215,10 @@ def _host_times(
 
     row = {}
     for name, call in (("forward", forward), ("grad", gradients), ("step", backward)):
-        for _ in range(warm_up):
-            call()
-        row[f"{name}_us"] = time_host(call, calls=200, repeats=repeats)
+        with torch.set_grad_enabled(name != "forward"):
+            for _ in range(warm_up):
+                call()
+            row[f"{name}_us"] = time_host(call, calls=200, repeats=repeats)
     for tensor in wanted:
         tensor.grad = None
     return row

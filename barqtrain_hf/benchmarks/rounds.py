@@ -8,6 +8,7 @@ are queued over all rounds without waiting in between, each round one sample.
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -71,8 +72,12 @@ def interleave(calls: dict[str, Callable[[], Any]]) -> dict[str, dict[str, Any]]
         name: [] for name in numbers
     }
     with_host = dict.fromkeys(numbers, 0)
+    # In another order each round: after a kernel that draws much power the clock is lower for a while.
+    order, shuffle = list(numbers), random.Random(0).shuffle
     for turn in range(_ROUNDS + 1):
-        for name, number in numbers.items():
+        shuffle(order)
+        for name in order:
+            number = numbers[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(round(waits[name] * _CYCLES))
             start.record()
