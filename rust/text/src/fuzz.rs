@@ -12,8 +12,12 @@ use tokenizers::models::wordpiece::WordPiece;
 use tokenizers::normalizers::bert::BertNormalizer;
 use tokenizers::normalizers::unicode::NFKC;
 use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::metaspace::Metaspace;
-use tokenizers::Tokenizer;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{SplitDelimiterBehavior, Tokenizer};
 
 use super::tests::tokenizer as byte_level;
 use super::{Options, Span, TextTokenizer, NO_LOSS};
@@ -143,8 +147,23 @@ fn unigram() -> Tokenizer {
     tokenizer
 }
 
+/// Byte-level, normalised and split by two steps before.
+fn split_first() -> Tokenizer {
+    let mut tokenizer = byte_level();
+    let words = SplitPattern::Regex(r"\s?\p{L}+|\s+(?!\S)".to_owned());
+    let words = Split::new(words, SplitDelimiterBehavior::MergedWithPrevious, false).unwrap();
+    let steps = vec![
+        Digits::new(true).into(),
+        words.into(),
+        ByteLevel::new(false, true, false).into(),
+    ];
+    tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
+    tokenizer.with_normalizer(Some(NFKC)).unwrap();
+    tokenizer
+}
+
 fn kinds() -> Vec<Tokenizer> {
-    vec![byte_level(), word_piece(), unigram()]
+    vec![byte_level(), split_first(), word_piece(), unigram()]
 }
 
 fn setting(name: &str) -> Option<u64> {
@@ -175,6 +194,11 @@ fn any_text_with_any_prompt_and_spans_gives_tokens_that_go_together() {
         .collect();
     for tokenizer in &mut ours {
         tokenizer.chunk_bytes = 40; // so that both threads have something to do
+    }
+    let mut theirs: Vec<Tokenizer> = (0..ours.len()).map(|at| kinds[at / 2].clone()).collect();
+    for (at, tokenizer) in theirs.iter_mut().enumerate() {
+        tokenizer.with_truncation(None).unwrap();
+        tokenizer.set_encode_special_tokens(at % 2 == 1);
     }
     let first = setting("BARQ_FUZZ_FIRST").unwrap_or(0);
     let cases = setting("BARQ_FUZZ").unwrap_or(CASES) / TEXTS_PER_CASE;
@@ -213,6 +237,13 @@ fn any_text_with_any_prompt_and_spans_gives_tokens_that_go_together() {
             .zip(&alone.tokens)
             .all(|(a, b)| a & !NO_LOSS == *b);
         assert!(same && found.lengths[0] == alone.lengths[0]);
+        let mut text = texts[0].clone();
+        if let Some(eos) = options.eos.filter(|eos| !text.ends_with(eos)) {
+            text.push_str(&eos);
+        }
+        let expected = theirs[at].encode(text, options.add_special_tokens).unwrap();
+        let expected = expected.get_ids().iter().map(|&id| id as i32);
+        assert!(expected.eq(alone.tokens));
         tokens += found.tokens.len();
         drop(named);
     }

@@ -13,6 +13,10 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use barqtrain_core::{map_with, NO_LOSS};
 use tokenizers::{Encoding, Tokenizer};
 
+use memo::Memo;
+
+mod memo;
+
 /// Text that a thread takes at once: short enough to share evenly, long enough to be worth a lock.
 const CHUNK_BYTES: usize = 256 << 10;
 
@@ -99,8 +103,14 @@ pub struct Options {
 /// Clones share nothing: the word cache of one would otherwise be locked by the others, which costs
 /// more than half of the speed on many cores (huggingface/tokenizers#1900).
 pub struct TextTokenizer {
-    clones: Vec<Tokenizer>,
+    workers: Vec<Worker>,
     chunk_bytes: usize,
+}
+
+/// What a thread has for itself.
+struct Worker {
+    tokenizer: Tokenizer,
+    memo: Option<Memo>,
 }
 
 impl TextTokenizer {
@@ -124,8 +134,15 @@ impl TextTokenizer {
         tokenizer.with_truncation(None).map_err(failed)?;
         tokenizer.with_padding(None);
         tokenizer.set_encode_special_tokens(split_special_tokens);
+        let worker = |tokenizer| Worker {
+            memo: Memo::new(&tokenizer),
+            tokenizer,
+        };
         Ok(Self {
-            clones: vec![tokenizer; threads.max(1)],
+            workers: vec![tokenizer; threads.max(1)]
+                .into_iter()
+                .map(worker)
+                .collect(),
             chunk_bytes: CHUNK_BYTES,
         })
     }
@@ -162,13 +179,13 @@ impl TextTokenizer {
             });
         }
         let chunks = chunks(texts, self.chunk_bytes);
-        let encoded = map_with(&mut self.clones, chunks.len(), |tokenizer, chunk| {
+        let encoded = map_with(&mut self.workers, chunks.len(), |worker, chunk| {
             let mut documents = Documents::default();
             for index in chunks[chunk].clone() {
                 let prompt = prompts.map(|prompts| prompts[index].as_ref());
                 let spans = spans.map(|spans| spans[index].as_slice());
                 let text = texts[index].as_ref();
-                guarded(|| documents.push(tokenizer, text, prompt, spans, options))
+                guarded(|| documents.push(worker, text, prompt, spans, options))
                     .and_then(|pushed| pushed)
                     .map_err(|reason| TextError::Encode { index, reason })?;
             }
@@ -199,7 +216,7 @@ fn guarded<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 impl Documents {
     fn push(
         &mut self,
-        tokenizer: &Tokenizer,
+        worker: &mut Worker,
         text: &str,
         prompt: Option<&str>,
         spans: Option<&[Span]>,
@@ -210,11 +227,12 @@ impl Documents {
             text.to_mut().push_str(eos);
         }
         let special = options.add_special_tokens;
-        let encode = |text: &str, offsets: bool| {
-            let encoding = if offsets {
-                tokenizer.encode_char_offsets(text, special)
-            } else {
-                tokenizer.encode_fast(text, special)
+        let Worker { tokenizer, memo } = worker;
+        let mut encode = |text: &str, offsets: bool| {
+            let encoding = match memo {
+                _ if offsets => tokenizer.encode_char_offsets(text, special),
+                Some(memo) => memo.encode(tokenizer, text, special),
+                None => tokenizer.encode_fast(text, special),
             };
             encoding.map_err(|error| error.to_string())
         };

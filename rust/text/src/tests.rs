@@ -63,7 +63,7 @@ pub(crate) fn tokenizer() -> Tokenizer {
     tokenizer
 }
 
-fn texts() -> Vec<String> {
+pub(crate) fn texts() -> Vec<String> {
     let words = [
         "the thin inn",
         "",
