@@ -6,14 +6,16 @@
 use ahash::AHashMap;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::tokenizer::pattern::Pattern;
 use tokenizers::{
     Encoding, Model, ModelWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
     PreTokenizerWrapper, Result, SplitDelimiterBehavior, Tokenizer,
 };
+use SplitDelimiterBehavior::{Isolated, Removed};
 
 /// What `ByteLevel` splits by: GPT-2's.
 const GPT_2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-/// About 20 MB. When there are so many, all are forgotten: what comes next may be in another language.
+/// About 25 MB. When there are so many, all are forgotten: what comes next may be in another language.
 const MOST_PIECES: usize = 1 << 18;
 /// Of a piece; longer ones rarely come again.
 const MOST_BYTES: usize = 64;
@@ -21,11 +23,9 @@ const MOST_BYTES: usize = 64;
 /// The steps of one tokenizer before it merges, and what came of pieces.
 pub(crate) struct Memo {
     split: Vec<PreTokenizerWrapper>,
-    bytes: ByteLevel,
-    /// Where the ids of a piece are: from, to.
-    places: AHashMap<Box<str>, (u32, u32)>,
-    ids: Vec<u32>,
-    most_pieces: usize,
+    /// The last of them, where its pieces can be looked up where they stand.
+    last: Option<Split>,
+    seen: Seen,
 }
 
 impl Memo {
@@ -47,16 +47,30 @@ impl Memo {
         }
         if bytes.use_regex {
             let pattern = SplitPattern::Regex(GPT_2.to_owned());
-            let step = Split::new(pattern, SplitDelimiterBehavior::Isolated, false);
+            let step = Split::new(pattern, Isolated, false);
             split.push(step.expect("a pattern of Oniguruma").into());
             bytes.use_regex = false;
         }
+        let last = match split.pop() {
+            Some(PreTokenizerWrapper::Split(last))
+                if matches!(last.behavior, Isolated | Removed) =>
+            {
+                Some(last)
+            }
+            other => {
+                split.extend(other);
+                None
+            }
+        };
         Some(Self {
             split,
-            bytes,
-            places: AHashMap::new(),
-            ids: Vec::new(),
-            most_pieces: MOST_PIECES,
+            last,
+            seen: Seen {
+                bytes,
+                places: AHashMap::new(),
+                ids: Vec::new(),
+                most_pieces: MOST_PIECES,
+            },
         })
     }
 
@@ -67,18 +81,25 @@ impl Memo {
         text: &str,
         add_special_tokens: bool,
     ) -> Result<Encoding> {
-        let mut pieces = tokenizer
+        let model = tokenizer.get_model();
+        let mut parts = tokenizer
             .get_added_vocabulary()
             .extract_and_normalize(tokenizer.get_normalizer(), text);
         for step in &self.split {
-            step.pre_tokenize(&mut pieces)?;
+            step.pre_tokenize(&mut parts)?;
         }
         let mut ids = Vec::with_capacity(text.len() / 3);
-        for (piece, _, tokens) in pieces.get_splits(OffsetReferential::Normalized, OffsetType::None)
-        {
-            match tokens {
-                Some(tokens) => ids.extend(tokens.iter().map(|token| token.id)),
-                None => self.push(tokenizer.get_model(), piece, &mut ids)?,
+        for (part, _, tokens) in parts.get_splits(OffsetReferential::Normalized, OffsetType::None) {
+            match (tokens, &self.last) {
+                (Some(tokens), _) => ids.extend(tokens.iter().map(|token| token.id)),
+                (None, None) => self.seen.push(model, part, &mut ids)?,
+                (None, Some(last)) => {
+                    for ((from, to), found) in (&last.regex).find_matches(part)? {
+                        if last.behavior == Isolated || found == last.invert {
+                            self.seen.push(model, &part[from..to], &mut ids)?;
+                        }
+                    }
+                }
             }
         }
         // As `encode_fast` fills it.
@@ -88,7 +109,17 @@ impl Memo {
             .collect();
         tokenizer.post_process(encoding, None, add_special_tokens)
     }
+}
 
+struct Seen {
+    bytes: ByteLevel,
+    /// Where the ids of a piece are: from, to.
+    places: AHashMap<Box<str>, (u32, u32)>,
+    ids: Vec<u32>,
+    most_pieces: usize,
+}
+
+impl Seen {
     fn push(&mut self, model: &ModelWrapper, piece: &str, ids: &mut Vec<u32>) -> Result<()> {
         if let Some(&(from, to)) = self.places.get(piece) {
             ids.extend_from_slice(&self.ids[from as usize..to as usize]);
@@ -122,6 +153,8 @@ mod tests {
     use tokenizers::pre_tokenizers::digits::Digits;
     use tokenizers::pre_tokenizers::metaspace::Metaspace;
     use tokenizers::pre_tokenizers::sequence::Sequence;
+    use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+    use tokenizers::SplitDelimiterBehavior::{self, Isolated, MergedWithNext, Removed};
     use tokenizers::Tokenizer;
 
     use super::super::tests::{texts, tokenizer};
@@ -144,24 +177,47 @@ mod tests {
         tokenizer
     }
 
+    fn with_split(behavior: SplitDelimiterBehavior, invert: bool) -> Tokenizer {
+        let mut tokenizer = plain();
+        let split = SplitPattern::Regex(r"\s?\p{L}+|\s".to_owned());
+        let steps = vec![
+            Split::new(split, behavior, invert).unwrap().into(),
+            ByteLevel::new(false, true, false).into(),
+        ];
+        tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
+        tokenizer
+    }
+
     #[test]
     fn tokens_are_those_of_encode_fast_whatever_is_remembered() {
         let mut texts = texts();
         texts.extend(["in12 the 3e\u{301}", "in 12the \u{E9}  the  "].map(String::from));
         texts.push("the".repeat(MOST_BYTES));
-        for tokenizer in [plain(), with_digits()] {
+        let tokenizers = [
+            plain(),
+            with_digits(),
+            with_split(Isolated, true),
+            with_split(Removed, false),
+            with_split(Removed, true),
+            with_split(MergedWithNext, false),
+        ];
+        for tokenizer in tokenizers {
             for most_pieces in [1, 4, 1000] {
                 let mut memo = Memo::new(&tokenizer).unwrap();
-                memo.most_pieces = most_pieces;
+                memo.seen.most_pieces = most_pieces;
                 for text in texts.iter().chain(&texts) {
                     for special in [false, true] {
                         let found = memo.encode(&tokenizer, text, special).unwrap();
                         let expected = tokenizer.encode_fast(text.as_str(), special).unwrap();
                         assert_eq!(found, expected, "{text:?}");
-                        assert!(memo.places.len() <= most_pieces);
+                        assert!(memo.seen.places.len() <= most_pieces);
                     }
                 }
-                assert!(memo.places.keys().all(|piece| piece.len() <= MOST_BYTES));
+                assert!(memo
+                    .seen
+                    .places
+                    .keys()
+                    .all(|piece| piece.len() <= MOST_BYTES));
             }
         }
     }
@@ -171,10 +227,10 @@ mod tests {
         let tokenizer = plain();
         let mut memo = Memo::new(&tokenizer).unwrap();
         memo.encode(&tokenizer, "the inn the inn", false).unwrap();
-        let (pieces, ids) = (memo.places.len(), memo.ids.len());
+        let (pieces, ids) = (memo.seen.places.len(), memo.seen.ids.len());
         assert_eq!(pieces, 3); // "the", " inn", " the"
         memo.encode(&tokenizer, " inn the", true).unwrap();
-        assert_eq!((memo.places.len(), memo.ids.len()), (pieces, ids));
+        assert_eq!((memo.seen.places.len(), memo.seen.ids.len()), (pieces, ids));
     }
 
     #[test]
