@@ -100,7 +100,7 @@ pub struct Options {
 
 /// A fast tokenizer with a clone for every thread.
 ///
-/// Clones share nothing: the word cache of one would otherwise be locked by the others, which costs
+/// Clones share nothing: a word cache, such as that of Unigram, would be locked by the others, which costs
 /// more than half of the speed on many cores (huggingface/tokenizers#1900).
 pub struct TextTokenizer {
     workers: Vec<Worker>,
