@@ -7,7 +7,9 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -72,3 +74,15 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fp32() -> Iterator[None]:
+    """A Trainer that compiles turns TF32 on, and leaves it on."""
+    # From torch 2.9 on the first, which must not be mixed with the other.
+    new = hasattr(torch.backends, "fp32_precision")
+    place: Any = torch.backends if new else torch.backends.cuda.matmul
+    name = "fp32_precision" if new else "allow_tf32"
+    before = getattr(place, name)
+    yield
+    setattr(place, name, before)
