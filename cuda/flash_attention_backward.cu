@@ -15,51 +15,6 @@
 // that starts after it. The last of them has the sum, turns it back and stores it.
 #include "attention_backward.cuh"
 
-// What a row of scores needs beside them: the forward pass's log of their sum, and the sum over the head of dO
-// times O. Also zeros for the turns. LANES threads have a token, and two heads of it, in a grid of (tokens, heads):
-// neighbouring rows of lse are neighbouring tokens.
-template <typename T, int LANES>
-__global__ void __launch_bounds__(256)
-    attention_statistics(const T* __restrict__ dout,     // [batch, row_length, heads, dim], strided
-                         const T* __restrict__ out,      // the same, strided
-                         const float* __restrict__ lse,  // [heads, batch * row_length]
-                         float2* __restrict__ statistics,  // [heads, batch * row_length]
-                         int* __restrict__ turns,          // [count], becomes zero
-                         long long do_batch, long long do_token, long long do_head,  //
-                         long long o_batch, long long o_token, long long o_head,     //
-                         long long tokens, int row_length, int heads, int dim, int count) {
-  constexpr int kThreads = 256, kHeads = 2;  // as many rows of a thread's are on their way at once
-  const long long thread = (blockIdx.y * gridDim.x + blockIdx.x) * static_cast<long long>(kThreads) + threadIdx.x;
-  for (long long i = thread; i < count; i += gridDim.x * gridDim.y * static_cast<long long>(kThreads)) turns[i] = 0;
-  const int own = blockIdx.x * (kThreads / LANES) + threadIdx.x / LANES, first_head = blockIdx.y * kHeads;
-  const int column = threadIdx.x % LANES * 8;
-  const long long token = min(static_cast<long long>(own), tokens - 1);
-  const int batch = static_cast<int>(token) / row_length, at = static_cast<int>(token) % row_length;
-  dout += batch * do_batch + at * do_token, out += batch * o_batch + at * o_token;
-  Held<T, 8> a[kHeads], b[kHeads];
-  float log_sum[kHeads];
-#pragma unroll
-  for (int j = 0; j < kHeads; ++j) {
-    // Past the last, or the head's end, something is loaded and not used.
-    const int head = min(first_head + j, heads - 1), from = column < dim ? column : 0;
-    log_sum[j] = lse[head * tokens + token];
-    a[j].load_streaming(dout + head * do_head + from);
-    b[j].load_streaming(out + head * o_head + from);
-  }
-#pragma unroll
-  for (int j = 0; j < kHeads; ++j) {
-    float x[8], y[8], sum = 0.f;
-    a[j].unpack(x), b[j].unpack(y);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) sum += x[e] * y[e];
-    if (column >= dim) sum = 0.f;
-#pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (own < tokens && first_head + j < heads && column == 0)
-      statistics[(first_head + j) * tokens + own] = {log_sum[j], sum};
-  }
-}
-
 // P^T from scores, and dS^T = P^T (dP^T - delta) without the scale, both rounded. CAPPED: a score is a tanh,
 // whose derivative dS gets. `statistics` are those of this lane's first pair of queries.
 template <bool CAPPED, bool NEED_DS, typename T, int M, int N, int N1>
@@ -134,14 +89,14 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   constexpr int kAhead = 32;  // a thread that is not of the warp that waits for turns
   static_assert(kK * 16 * WARPS == BN * SPLIT && kD * SPLIT % 2 == 0, "whole tiles");
   static_assert(kA * kRows * 16 == BM && kB * kColumns * 16 == D, "whole tiles of dQ");
-  static_assert(SPLIT == 1 ? UPSTREAM == STAGES : STAGES > 1 && PART == 0 && kPasses == 1, "");
+  static_assert(SPLIT == 1 ? UPSTREAM == STAGES : STAGES > 1 && PART == 0 && kPasses == 1, "dQ first, whole");
   extern __shared__ __align__(16) unsigned char shared[];
   T* k_tile = reinterpret_cast<T*>(shared);
   T* v_tile = k_tile + BN * kP;
   T* q_tile = v_tile + BN * kP;               // STAGES of them
   T* do_tile = q_tile + STAGES * BM * kP;     // UPSTREAM of them
   T* ds_tile = do_tile + UPSTREAM * BM * kP;  // transposed: [BN, BM]
-  T* p_tile = ds_tile + BN * kS;                // the same for P, if SPLIT
+  T* p_tile = ds_tile + BN * kS;              // the same for P, if SPLIT
   float2* rows = reinterpret_cast<float2*>(p_tile + (SPLIT > 1 ? BN * kS : 0));  // STAGES times the queries' statistics
   __shared__ Work<T> work;
   // The tiles of queries to load next, where one thread puts them, so that not all work them out.
@@ -428,7 +383,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
   if constexpr (kNeedV) store_tile<BN, D, kThreads>(work.dv, stride, first, length, dim, v_tile);
 }
 
-// instantiate: attention_statistics<{__nv_bfloat16,__half},{8,16,32}>
 // instantiate sm_80 sm_90a sm_100: flash_attention_backward<{__nv_bfloat16,__half},64,32,128,4,1,2,2,0,2>
 // instantiate sm_80 sm_90a sm_100: flash_attention_backward<{__nv_bfloat16,__half},96,64,128,8,2,2,2,0,1>
 // instantiate sm_80: flash_attention_backward<{__nv_bfloat16,__half},128,64,128,8,2,2,1,0,1>

@@ -23,8 +23,8 @@ _LAYOUT = ("batch", "token", "head")
 _LAYOUTS = 1024  # that are kept
 _MOST_TILES = 65535  # in a grid's third dimension
 _TILE_BYTES = 16
-# kThreads and kHeads of attention_statistics in flash_attention_backward.cu; a thread loads that many heads
-# of its token at once, so that more is on its way from memory.
+# kThreads and kHeads of attention_statistics.cu; a thread loads that many heads of its token at once, so that
+# more is on its way from memory.
 _STATISTICS_THREADS, _STATISTICS_HEADS = 256, 2
 
 
@@ -288,7 +288,7 @@ def _statistics_kernel(dtype: torch.dtype, lanes: int) -> Kernel:
     parameters |= _layouts("do", "o") | {"tokens": "int64"}
     parameters |= dict.fromkeys(("row_length", "heads", "dim", "count"), "int32")
     name = f"attention_statistics<{_template(dtype, lanes)}>"
-    return Kernel("flash_attention_backward.cu", name, parameters)
+    return Kernel("attention_statistics.cu", name, parameters)
 
 
 @functools.cache
