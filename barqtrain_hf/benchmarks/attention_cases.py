@@ -23,7 +23,7 @@ from barqtrain_hf.ops import (
     apply_rope,
     flash_attention,
 )
-from barqtrain_hf.ops._attention_call import Call, Strides, call_for
+from barqtrain_hf.ops._attention_call import Call, OfThree, call_for
 from barqtrain_hf.ops._attention_tilings import tiling_on
 from barqtrain_hf.ops._backend import Backend
 
@@ -125,7 +125,7 @@ def _portable_call(
     device: int,
     dtype: torch.dtype,
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    strides: tuple[Strides, Strides, Strides],
+    strides: OfThree,
 ) -> Call:
     dim = shapes[0][3]
     numbers = (True, dim**-0.5, None, None)
@@ -155,9 +155,8 @@ def bare(case: Case, inputs: Tensors) -> Callable[[], None]:
             turn(call.device, *loaded)
         attend(call.device, *attended)
 
-    return partial(
-        run, (q, k, v, rope, table_of_tiles, out, kept)
-    )  # it keeps alive what is pointed to
+    pointed_to = (q, k, v, rope, table_of_tiles, out, kept)
+    return partial(run, pointed_to)  # which keeps it alive
 
 
 @dataclass(frozen=True)

@@ -33,24 +33,9 @@ def run(
     return _FlashAttention.apply(q, k, v, (cos, sin, cu_seqlens), (call, max_seqlen))  # type: ignore[no-any-return]
 
 
-def traced(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    interleaved: bool,
-) -> torch.Tensor:
-    """The same for torch.compile."""
-    tensors = (q, k, v, cos, sin, cu_seqlens)
-    numbers = (max_seqlen, causal, scale, window, softcap, interleaved)
-    return torch.ops.barq.flash_attention(*tensors, *numbers)[0]  # type: ignore[no-any-return]
+def traced(*arguments: Any) -> torch.Tensor:
+    """The same for torch.compile, by the custom op below, with its arguments."""
+    return torch.ops.barq.flash_attention(*arguments)[0]  # type: ignore[no-any-return]
 
 
 class _FlashAttention(torch.autograd.Function):

@@ -15,6 +15,7 @@ from barqtrain_hf.ops._attention_tilings import Tiling, tiling
 # Shape and dtype of cos, and interleaved.
 Angles = tuple[tuple[int, ...], torch.dtype, bool]
 Strides = tuple[int, ...]
+OfThree = tuple[Strides, Strides, Strides]  # q, k and v
 
 _NO_WINDOW = 2**30  # and no window is wider
 
@@ -63,7 +64,7 @@ class Call:
     dtype: torch.dtype
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
-    strides: tuple[Strides, Strides, Strides]
+    strides: OfThree
     packed: bool
     angles: Angles | None
     causal: bool
@@ -106,7 +107,7 @@ def call_for(
     dtype: torch.dtype,
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
-    strides: tuple[Strides, Strides, Strides],
+    strides: OfThree,
     packed: bool,
     angles: Angles | None,
     causal: bool,

@@ -21,7 +21,7 @@ import torch
 
 from barqtrain_hf.errors import ArgumentError, ArgumentTypeError
 from barqtrain_hf.ops import _attention_autograd, _attention_tilings
-from barqtrain_hf.ops._attention_call import Call, call_for
+from barqtrain_hf.ops._attention_call import Call, OfThree, call_for
 from barqtrain_hf.ops._attention_choice import sdpa, sdpa_is_faster
 from barqtrain_hf.ops._attention_torch import allowed, attend, attend_documents, weighted
 from barqtrain_hf.ops._backend import Backend, autocast_dtype, check_dtypes, use_cuda
@@ -30,7 +30,6 @@ from barqtrain_hf.ops.rope import apply_rope
 from barqtrain_hf.runtime import cuda_unavailable_reason
 
 _Shapes = tuple[torch.Size, torch.Size, torch.Size]
-_Strides = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 _Dtypes = tuple[torch.dtype, torch.dtype, torch.dtype]
 # Shapes, dtypes and devices of cos and sin, and interleaved.
 _Angles = tuple[torch.Size, torch.Size, torch.dtype, torch.dtype, int, int, bool]
@@ -207,7 +206,7 @@ class _Plan(NamedTuple):
 
 def _make_plan(
     shapes: _Shapes,
-    strides: _Strides,
+    strides: OfThree,
     dtypes: _Dtypes,
     devices: tuple[int, int, int],
     angles: _Angles | None,

@@ -103,6 +103,21 @@ LONG = [
 ]
 
 
+class Gpu(NamedTuple):
+    """Another GPU; ``dim`` and ``dtypes`` are what its kernels take."""
+
+    capability: tuple[int, int]
+    dim: int = 256
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+
+    def __str__(self) -> str:
+        return "sm_{}{}".format(*self.capability)
+
+
+# T4, A100, RTX 3090 (as RTX 4090 and 5090), B200.
+OTHER_GPUS = [Gpu((7, 5), 128, (torch.float16,)), Gpu((8, 0)), Gpu((8, 6)), Gpu((10, 0))]
+
+
 @contextlib.contextmanager
 def tiles_of(capability: tuple[int, int]) -> Iterator[None]:
     """The kernels that a GPU of another compute capability gets, with their tiles."""
@@ -110,14 +125,16 @@ def tiles_of(capability: tuple[int, int]) -> Iterator[None]:
     def tiling(device: int, dim: int, capped: bool) -> Tiling:
         return tiling_on(capability, dim, capped)
 
-    caches = (_attention_call.call_for, attention._plan)
-    with pytest.MonkeyPatch.context() as patch:
+    def forget() -> None:
+        _attention_call.call_for.cache_clear()
+        attention._plan.cache_clear()
+
+    with contextlib.ExitStack() as at_exit:
+        at_exit.callback(forget)
+        patch = at_exit.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(_attention_call, "tiling", tiling)
-        for cache in caches:
-            cache.cache_clear()
+        forget()
         yield
-    for cache in caches:
-        cache.cache_clear()
 
 
 def cu_seqlens(case: Case, device: str) -> torch.Tensor | None:
@@ -145,6 +162,10 @@ def draw(case: Case, dtype: torch.dtype, device: str) -> Tensors:
 
 def rope_of(case: Case, cos: torch.Tensor, sin: torch.Tensor) -> Rope | None:
     return Rope(cos, sin, case.rope == "interleaved") if case.rope else None
+
+
+def equal(mine: Any, theirs: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def ours(case: Case, backend: str, **named: Any) -> Any:

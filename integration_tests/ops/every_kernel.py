@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import torch
-from attention_cases import Case, draw, ours, tiles_of
+from attention_cases import OTHER_GPUS, Case, draw, ours, tiles_of
 from norm_cases import DTYPES, SHAPES, misaligned
 
 from barqtrain_hf.ops import (
@@ -124,10 +124,10 @@ def attention(dtype: torch.dtype, case: Case) -> None:
 
 
 def portable(dtype: torch.dtype, case: Case) -> None:
-    """Attention by the kernels of GPUs other than Hopper's; Turing's have no bf16 and smaller heads."""
-    for capability in ((7, 5), (8, 0), (8, 6), (10, 0)):
-        if capability >= (8, 0) or (dtype is torch.float16 and case.dim <= 128):
-            with tiles_of(capability):
+    """Attention by the kernels of other GPUs."""
+    for gpu in OTHER_GPUS:
+        if dtype in gpu.dtypes and case.dim <= gpu.dim:
+            with tiles_of(gpu.capability):
                 ours(case, "cuda")(*draw(case, dtype, "cuda"))
 
 

@@ -25,6 +25,7 @@ from attention_cases import (
     assert_as_accurate,
     cu_seqlens,
     draw,
+    equal,
     exact,
     ours,
     rope_of,
@@ -49,10 +50,6 @@ BACKENDS = ["torch", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 def on(backend: str) -> str:
     return "cuda" if backend == "cuda" else "cpu"
-
-
-def equal(mine: Any, theirs: Any) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
