@@ -99,8 +99,8 @@ def _loadable(
 ]:
     """The inputs as the kernels read them, and their call."""
     if not call.loadable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-        q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
-        call = call.contiguous
+        q, k, v = _vectors(q), _vectors(k), _vectors(v)
+        call = call.strided((q.stride(), k.stride(), v.stride()))
     if cos is not None and sin is not None:
         cos, sin = _aligned(cos), _aligned(sin)
     return call, q, k, v, cos, sin

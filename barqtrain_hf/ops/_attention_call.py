@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -81,11 +81,11 @@ class Call:
         """Whether the kernels can step through q, k and v, if they are aligned."""
         return all(map(are_vectors, self.strides))
 
-    @functools.cached_property
-    def contiguous(self) -> Call:
-        """That of contiguous q, k and v."""
-        strides = tuple(map(contiguous, (self.q_shape, self.k_shape, self.k_shape)))
-        return replace(self, strides=strides)  # type: ignore[arg-type]
+    def strided(self, strides: OfThree) -> Call:
+        """That of the same tensors with other strides."""
+        shapes = (self.device, self.dtype, self.q_shape, self.k_shape, strides)
+        numbers = (self.causal, self.scale, self.window, self.softcap)
+        return call_for(*shapes, self.packed, self.angles, *numbers)
 
 
 def contiguous(shape: tuple[int, ...]) -> Strides:

@@ -29,6 +29,7 @@ from attention_cases import (
     exact,
     ours,
     rope_of,
+    tiles_of,
 )
 from norm_cases import misaligned
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -43,9 +44,11 @@ from barqtrain_hf.ops import (
     attention,
     flash_attention,
 )
+from barqtrain_hf.ops._attention_call import call_for
 from barqtrain_hf.ops.attention import flash_attention_reference
 
 BACKENDS = ["torch", pytest.param("cuda", marks=pytest.mark.gpu)]
+NUMBERS = (True, 0.125, None, None)  # causal, scale, window, softcap
 
 
 def on(backend: str) -> str:
@@ -112,6 +115,21 @@ def test_tokens_too_far_apart_are_copied() -> None:
     assert _attention_autograd._vectors(far).is_contiguous()
     near = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16)[..., :8]
     assert _attention_autograd._vectors(near) is near
+
+
+def test_only_what_cannot_be_loaded_is_copied() -> None:
+    q, k, v = (torch.randn(1, 10, n, 64).half() for n in (4, 2, 2))
+    wide = torch.randn(1, 10, 2, 68).half()[..., :64]
+    for given in ((q, k, v), (q, k, misaligned(v)), (q, wide, v)):
+        strides = tuple(x.stride() for x in given)
+        with tiles_of((8, 0)):
+            call = call_for(0, q.dtype, q.shape, k.shape, strides, False, None, *NUMBERS)
+            found, *loaded, _, _ = _attention_autograd._loadable(call, *given, None, None)
+        assert found.loadable and found.strides == tuple(x.stride() for x in loaded)
+        for one, other in zip(given, loaded, strict=True):
+            good = one.stride() == other.stride() and not one.data_ptr() % 16
+            assert (one is other) == good and torch.equal(one, other)
+            assert not other.data_ptr() % 16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
